@@ -1,0 +1,248 @@
+"""The network of one architecture, for CIFAR and for ImageNet (paper, section 4 and appendix).
+
+A network is a stem, 3·layers+2 cells of which two are reduction cells, and a classifier; an auxiliary head hangs on the
+second reduction cell in training. The names of all parameters are those of the published checkpoints.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import architecture
+from architecture import nodes_of, unread_states
+from operations import OPERATIONS, FactorizedReduce, ReLUConvBN, State, apply_operation
+
+Shape = tuple[int, int]  # of a state: (how often the image's height and width were halved, channels)
+
+
+class MaybeCalibrateSize(nn.Module):
+    """Bring a cell's two inputs to one size and to the cell's channels, as far as they are not there yet."""
+
+    def __init__(self, inputs: Sequence[Shape], channels: int):
+        super().__init__()
+        (halvings_x, channels_x), (halvings_y, channels_y) = inputs
+        self.halvings = halvings_y
+        if halvings_x != halvings_y:
+            self.preprocess_x = FactorizedReduce(channels_x, channels)
+        elif channels_x != channels:
+            self.preprocess_x = ReLUConvBN(channels_x, channels)
+        if channels_y != channels:
+            self.preprocess_y = ReLUConvBN(channels_y, channels)
+
+    def forward(self, x: State, y: State, bn_train: bool = False) -> list[State]:
+        """The states 0 and 1 of the cell, both (batch, channels, h, w)."""
+        if hasattr(self, 'preprocess_x'):
+            x = State(self.preprocess_x(x.relu, bn_train))
+        if hasattr(self, 'preprocess_y'):
+            y = State(self.preprocess_y(y.relu, bn_train))
+        return [x, y]
+
+
+def combine_operands(x: Tensor, y: Tensor, masks: Tensor | None) -> Tensor:
+    """x + y, each multiplied per sample by its row of `masks` (2, batch, 1, 1, 1): the value of a node."""
+    if masks is None:
+        return x + y
+    return torch.addcmul(x * masks[0], y, masks[1])
+
+
+class Node(nn.Module):
+    """A node of a cell: the sum of two operations, each on one state."""
+
+    def __init__(self, node: Sequence[int], channels: int, reduction: bool):
+        super().__init__()
+        x_id, x_op, y_id, y_op = node
+        self.operands = []
+        for side, state, operation_id in (('x', x_id, x_op), ('y', y_id, y_op)):
+            operation = OPERATIONS[operation_id].make(channels, 2 if reduction and state < 2 else 1)
+            name = f'{side}_id_fact_reduce' if isinstance(operation, FactorizedReduce) else f'{side}_op'
+            self.add_module(name, operation)
+            self.operands.append((state, name))
+
+    def forward(self, states: Sequence[State], masks: Tensor | None) -> Tensor:
+        """The node's value, (batch, channels, h, w); `masks` (2, batch, 1, 1, 1) drops paths."""
+        x, y = (apply_operation(getattr(self, name), states[state]) for state, name in self.operands)
+        return combine_operands(x, y, masks)
+
+
+class FinalCombine(nn.Module):
+    """Concatenate the unread states; an input of a reduction cell is reduced first."""
+
+    def __init__(self, concat: Sequence[int], channels: int, reduction: bool):
+        super().__init__()
+        self.concat = concat
+        self.reduced = [state for state in concat if reduction and state < 2]
+        self.ops = nn.ModuleList(FactorizedReduce(channels, channels) for _ in self.reduced)
+
+    def forward(self, states: Sequence[State]) -> State:
+        """(batch, channels · number of unread states, h, w)."""
+        outputs = {state: operation(states[state].raw) for state, operation in zip(self.reduced, self.ops, strict=True)}
+        outputs = [outputs[state] if state in outputs else states[state].raw for state in self.concat]
+        return State(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0])
+
+
+class Cell(nn.Module):
+    """A normal or a reduction cell of a fixed architecture."""
+
+    def __init__(self, cell: Sequence[int], inputs: Sequence[Shape], channels: int, reduction: bool):
+        super().__init__()
+        self.ops = nn.ModuleList(Node(node, channels, reduction) for node in nodes_of(cell))
+        self.maybe_calibrate_size = MaybeCalibrateSize(inputs, channels)
+        concat = unread_states(cell)
+        self.final_combine = FinalCombine(concat, channels, reduction)
+        self.output_shape = (self.maybe_calibrate_size.halvings + reduction, channels * len(concat))
+
+    def forward(self, x: State, y: State, masks: Tensor | None) -> State:
+        """The cell's output from those of the two cells before; `masks` (2·nodes, batch, 1, 1, 1) drops paths."""
+        states = self.maybe_calibrate_size(x, y)
+        for index, node in enumerate(self.ops):
+            states.append(State(node(states, None if masks is None else masks[2 * index:2 * index + 2])))
+        return self.final_combine(states)
+
+
+class AuxHead(nn.Module):
+    """The auxiliary classifier on the second reduction cell."""
+
+    def __init__(self, channels: int, classes: int, pool_stride: int):
+        super().__init__()
+        self.pool = nn.AvgPool2d(5, pool_stride)
+        self.conv1 = nn.Conv2d(channels, 128, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(128)
+        self.conv2 = nn.Conv2d(128, 768, 2, bias=False)
+        self.bn2 = nn.BatchNorm2d(768)
+        self.classifier = nn.Linear(768, classes)
+
+    def forward(self, rectified: Tensor) -> Tensor:
+        """(batch, channels, 8, 8) on CIFAR, (batch, channels, 7, 7) on ImageNet, after ReLU -> logits (batch, classes)."""
+        x = F.relu(self.bn1(self.conv1(self.pool(rectified))))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.classifier(x.mean((2, 3)))
+
+
+class CIFARStem:
+    """Mixin: 32×32 images; one convolution, and both inputs of cell 0 are its output."""
+
+    aux_pool_stride = 3
+
+    def make_stem(self, channels: int) -> list[Shape]:
+        """Add the stem's modules; return the shapes of cell 0's inputs."""
+        self.stem = nn.Sequential(nn.Conv2d(3, 3 * channels, 3, padding=1, bias=False), nn.BatchNorm2d(3 * channels))
+        return [(0, 3 * channels)] * 2
+
+    def apply_stem(self, images: Tensor) -> tuple[State, State]:
+        """Images (batch, 3, h, w) -> the inputs of cell 0."""
+        output = State(self.stem(images))
+        return output, output
+
+
+class ImageNetStem:
+    """Mixin: 224×224 images; three convolutions of stride 2, and cell 0 sees the second and the third."""
+
+    aux_pool_stride = 2
+
+    def make_stem(self, channels: int) -> list[Shape]:
+        """Add the stem's modules; return the shapes of cell 0's inputs."""
+        self.stem0 = nn.Sequential(
+            nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels // 2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels))
+        self.stem1 = nn.Sequential(
+            nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels))
+        return [(2, channels), (3, channels)]
+
+    def apply_stem(self, images: Tensor) -> tuple[State, State]:
+        """Images (batch, 3, h, w) -> the inputs of cell 0, at 1/4 and 1/8 of the images' size."""
+        stem0 = State(self.stem0(images))
+        return stem0, State(self.stem1(stem0.relu))
+
+
+class Backbone(nn.Module):
+    """What every network here shares: stem, cells, auxiliary head, classifier and the drop-path schedule.
+
+    A subclass brings a stem (CIFARStem, ImageNetStem) and its kind of cell (`make_cell`).
+    """
+
+    def __init__(self, classes: int, layers: int, nodes: int, channels: int, keep_prob: float,
+                 drop_path_keep_prob: float, use_aux_head: bool, steps: int):
+        super().__init__()
+        self.nodes, self.classes, self.steps = nodes, classes, steps
+        self.keep_prob, self.drop_path_keep_prob = keep_prob, drop_path_keep_prob
+        inputs = self.make_stem(channels)
+        self.cells = nn.ModuleList()
+        self.aux_index = 2 * layers + 1
+        cells = 3 * layers + 2
+        for index in range(cells):
+            reduction = index in (layers, self.aux_index)
+            channels *= 1 + reduction
+            self.cells.append(self.make_cell(inputs, channels, reduction))
+            inputs = [inputs[1], self.cells[-1].output_shape]
+            if use_aux_head and index == self.aux_index:
+                self.auxiliary_head = AuxHead(inputs[1][1], classes, self.aux_pool_stride)
+        self.classifier = nn.Linear(inputs[1][1], classes)
+        self.register_buffer('depth', torch.arange(1, cells + 1).reshape(-1, 1, 1) / cells, persistent=False)
+        for parameter in self.parameters():
+            if parameter.dim() >= 2:
+                nn.init.kaiming_normal_(parameter)
+
+    def drop_path_masks(self, images: Tensor, step: int | None) -> Tensor | None:
+        """Draw Bernoulli(p)/p for every cell, operand and sample: (cells, 2·nodes, batch, 1, 1, 1), or None at p >= 1.
+
+        p falls with the cell's depth and with training: p = 1 - (step+1)/steps · (index+1)/cells · (1 - keep). Without
+        a step, as at the end of training. One draw for all cells, on the images' device.
+        """
+        if not self.training or self.drop_path_keep_prob >= 1:
+            return None
+        progress = 1.0 if step is None else (step + 1) / self.steps
+        keep = 1 - self.depth * (progress * (1 - self.drop_path_keep_prob))
+        masks = torch.bernoulli(keep.expand(-1, 2 * self.nodes, images.shape[0])) / keep
+        return masks[..., None, None, None]
+
+    def propagate(self, images: Tensor, step: int | None,
+                  extras: Callable[[nn.Module], tuple] = lambda cell: ()) -> tuple[Tensor, Tensor | None]:
+        """Run stem, cells and heads; `extras(cell)` are further arguments of a cell's forward.
+
+        Returns (logits, auxiliary logits), both (batch, classes); the second is None unless training with that head.
+        """
+        masks = self.drop_path_masks(images, step)
+        x, y = self.apply_stem(images)
+        aux_logits = None
+        for index, cell in enumerate(self.cells):
+            x, y = y, cell(x, y, None if masks is None else masks[index], *extras(cell))
+            if index == self.aux_index and self.training and hasattr(self, 'auxiliary_head'):
+                aux_logits = self.auxiliary_head(y.relu)
+                y = State(y.relu, y.relu)  # published results rest on this: with the head, later cells see y rectified
+        pooled = F.dropout(y.raw.mean((2, 3)), 1 - self.keep_prob, self.training)
+        return self.classifier(pooled), aux_logits
+
+
+class FixedNetwork(Backbone):
+    """A backbone whose cells are those of one architecture."""
+
+    def __init__(self, classes: int, layers: int, nodes: int, channels: int, keep_prob: float,
+                 drop_path_keep_prob: float, use_aux_head: bool, steps: int, arch: 'str | Sequence'):
+        self.arch = architecture.parse(arch, nodes)
+        super().__init__(classes, layers, nodes, channels, keep_prob, drop_path_keep_prob, use_aux_head, steps)
+
+    def make_cell(self, inputs: Sequence[Shape], channels: int, reduction: bool) -> Cell:
+        """A cell for inputs of the given shapes."""
+        return Cell(self.arch.reduction if reduction else self.arch.normal, inputs, channels, reduction)
+
+    def forward(self, input: Tensor, step: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Images (batch, 3, h, w) -> (logits, auxiliary logits or None), each (batch, classes).
+
+        step: the global optimiser step, for the drop-path schedule.
+        """
+        return self.propagate(input, step)
+
+
+class NASNetworkCIFAR(CIFARStem, FixedNetwork):
+    """The network of an architecture for 32×32 images.
+
+    arch: a line of integers or a (normal, reduction) pair; steps: optimiser steps of the whole training. Raises
+    architecture.ArchitectureError.
+    """
+
+
+class NASNetworkImageNet(ImageNetStem, FixedNetwork):
+    """The network of an architecture for 224×224 images; arguments as NASNetworkCIFAR."""

@@ -1,0 +1,167 @@
+"""Candidate operations: the table from an operation's id to its module, and the blocks that networks are built of.
+
+All feature maps are (batch, channels, height, width). Ids 0-4 are the search space of NAO-WS ("small"), ids 5-15 that of
+NAO ("large"); the paper's appendix lists both.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class State:
+    """A feature map together with its ReLU, which is computed at the first request and then shared by all readers."""
+
+    __slots__ = ('_relu', 'raw')
+
+    def __init__(self, raw: Tensor, relu: Tensor | None = None):
+        self.raw = raw
+        self._relu = relu
+
+    @property
+    def relu(self) -> Tensor:
+        """max(raw, 0), (batch, channels, height, width)."""
+        if self._relu is None:
+            self._relu = F.relu(self.raw)
+        return self._relu
+
+
+def batch_norm(norm: nn.BatchNorm2d, x: Tensor, bn_train: bool = False) -> Tensor:
+    """Normalise x; with `bn_train` by (and updating with) the batch's statistics even when `norm` is in eval mode."""
+    if not bn_train:
+        return norm(x)
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+
+
+class SepConv(nn.Module):
+    """Separable convolution: ReLU, depthwise k×k, pointwise, BN, applied twice; the first one carries the stride.
+
+    `forward` takes the rectified input (`reads_relu`): the cell computes a state's ReLU once for all who read it, and
+    entry 0 only keeps that ReLU's place in the published parameter names.
+    """
+
+    reads_relu = True
+
+    def __init__(self, channels: int, kernel: int, stride: int):
+        super().__init__()
+
+        def half(stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False),
+                    nn.Conv2d(channels, channels, 1, bias=False),
+                    nn.BatchNorm2d(channels)]
+        self.op = nn.Sequential(nn.Identity(), *half(stride), nn.ReLU(inplace=True), *half(1))
+
+    def forward(self, rectified: Tensor) -> Tensor:
+        """(batch, channels, h, w) after ReLU -> (batch, channels, h / stride, w / stride)."""
+        return self.op(rectified)
+
+
+class Conv(nn.Module):
+    """ReLU, convolution, BN; with `pair` a 1×k convolution and a k×1 one in its place. Takes the rectified input."""
+
+    reads_relu = True
+
+    def __init__(self, channels: int, kernel: int, stride: int, pair: bool = False):
+        super().__init__()
+
+        def conv_bn(kernel: tuple[int, int], stride: tuple[int, int]) -> list[nn.Module]:
+            padding = (kernel[0] // 2, kernel[1] // 2)
+            return [nn.Conv2d(channels, channels, kernel, stride, padding, bias=False), nn.BatchNorm2d(channels)]
+        if pair:
+            ops = [*conv_bn((1, kernel), (1, stride)), nn.ReLU(inplace=True), *conv_bn((kernel, 1), (stride, 1))]
+        else:
+            ops = conv_bn((kernel, kernel), (stride, stride))
+        self.ops = nn.Sequential(nn.Identity(), *ops)
+
+    def forward(self, rectified: Tensor) -> Tensor:
+        """(batch, channels, h, w) after ReLU -> (batch, channels, h / stride, w / stride)."""
+        return self.ops(rectified)
+
+
+class ReLUConvBN(nn.Module):
+    """ReLU (done by the caller), conv 1×1, BN: brings a state to the cell's channels."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+        self.bn = nn.BatchNorm2d(channels_out)
+
+    def forward(self, rectified: Tensor, bn_train: bool = False) -> Tensor:
+        """(batch, channels_in, h, w) after ReLU -> (batch, channels_out, h, w)."""
+        return batch_norm(self.bn, self.conv(rectified), bn_train)
+
+
+class FactorizedReduce(nn.Module):
+    """Halve height and width: two 1×1 convolutions, on the even pixels and on those one down and right of them."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        half = channels_out // 2
+        self.path1 = nn.Sequential(nn.Identity(), nn.Conv2d(channels_in, half, 1, bias=False))
+        self.path2 = nn.Sequential(nn.Identity(), nn.Conv2d(channels_in, channels_out - half, 1, bias=False))
+        self.bn = nn.BatchNorm2d(channels_out)
+
+    def forward(self, x: Tensor, bn_train: bool = False) -> Tensor:
+        """(batch, channels_in, h, w) -> (batch, channels_out, ceil(h / 2), ceil(w / 2))."""
+        odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
+        shifted = F.pad(x, (0, odd_width, 0, odd_height)) if odd_height or odd_width else x
+        even, odd = self.path1(x[:, :, ::2, ::2]), self.path2(shifted[:, :, 1::2, 1::2])
+        return batch_norm(self.bn, torch.cat([even, odd], dim=1), bn_train)
+
+
+class Operation(NamedTuple):
+    """A row of the table: the operation's name, how to make it, and its kernel size (0 for the identity)."""
+
+    name: str
+    make: Callable[[int, int], nn.Module]  # (channels, stride) -> module from a state to a state of as many channels
+    kernel: int
+
+
+def _pool(pool: type[nn.Module], kernel: int, **options: bool) -> Callable[[int, int], nn.Module]:
+    def make(channels: int, stride: int) -> nn.Module:
+        if kernel % 2:
+            return pool(kernel, stride, kernel // 2, **options)
+        return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), pool(kernel, stride, **options))
+    return make
+
+
+def _conv(kernel: int, pair: bool = False) -> Callable[[int, int], nn.Module]:
+    return lambda channels, stride: Conv(channels, kernel, stride, pair)
+
+
+def _sep_conv(kernel: int) -> Callable[[int, int], nn.Module]:
+    return lambda channels, stride: SepConv(channels, kernel, stride)
+
+
+def _identity(channels: int, stride: int) -> nn.Module:
+    return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels)
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation('separable conv 3x3', _sep_conv(3), 3),
+    Operation('separable conv 5x5', _sep_conv(5), 5),
+    Operation('average pool 3x3', _pool(nn.AvgPool2d, 3, count_include_pad=False), 3),
+    Operation('max pool 3x3', _pool(nn.MaxPool2d, 3), 3),
+    Operation('identity', _identity, 0),
+    Operation('identity', _identity, 0),
+    Operation('conv 1x1', _conv(1), 1),
+    Operation('conv 3x3', _conv(3), 3),
+    Operation('conv 1x3, 3x1', _conv(3, pair=True), 3),
+    Operation('conv 1x7, 7x1', _conv(7, pair=True), 7),
+    Operation('max pool 2x2', _pool(nn.MaxPool2d, 2), 2),
+    Operation('max pool 3x3', _pool(nn.MaxPool2d, 3), 3),
+    Operation('max pool 5x5', _pool(nn.MaxPool2d, 5), 5),
+    Operation('average pool 2x2', _pool(nn.AvgPool2d, 2), 2),
+    Operation('average pool 3x3', _pool(nn.AvgPool2d, 3), 3),
+    Operation('average pool 5x5', _pool(nn.AvgPool2d, 5), 5),
+)
+
+SEARCH_SPACES: dict[str, range] = {'small': range(0, 5), 'large': range(5, 16)}  # the ids that a search may choose
+
+
+def apply_operation(operation: nn.Module, state: State) -> Tensor:
+    """Feed a state to an operation, rectified if the operation starts with a ReLU."""
+    return operation(state.relu if getattr(operation, 'reads_relu', False) else state.raw)
