@@ -1,0 +1,225 @@
+"""Images in, batches out.
+
+CIFAR-10, CIFAR-100 and the embedded digits live whole, as one uint8 tensor, on the training device; crop, flip, normalise
+and cutout are batched tensor operations there. A batch is (images (batch, 3, h, w) float in channels-last layout, labels
+(batch,) int64).
+"""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+CROP_PADDING = 4  # pixels of zeros around an image before a random crop
+DIGITS_FILE = Path(__file__).resolve().parent / 'data' / 'digits' / 'digits.npz'
+
+
+class DataError(Exception):
+    """The data are not there or not as they should be; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (count, 3, h, w) uint8, padded by CROP_PADDING on every side, and labels (count,) int64."""
+
+    images: Tensor
+    labels: Tensor
+    mean: Tensor  # (3, 1, 1), of pixels scaled to 0-1
+    std: Tensor
+    flip: bool  # whether an image's mirror image shows the same thing
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def size(self) -> int:
+        """Height and width of an image, without the padding."""
+        return self.images.shape[-1] - 2 * CROP_PADDING
+
+    def select(self, indices: range) -> 'ImageSet':
+        """The images with these consecutive indices, without copying them."""
+        chosen = slice(indices.start, indices.stop)
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+
+class Source(NamedTuple):
+    """Where a data set comes from and what its images are like."""
+
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flip: bool
+    load: Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]  # (root, train) -> uint8 (count, 3, h, w), labels
+
+
+@contextlib.contextmanager
+def _nothing_left_on_failure(root: Path) -> Iterator[None]:
+    """Remove what was created at and below `root` (its parents too) if the body fails, and nothing else."""
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    before = set(root.rglob('*'))
+    try:
+        yield
+    except BaseException:
+        for path in (missing[-1:] or sorted(set(root.rglob('*')) - before, reverse=True)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+def _load_cifar(dataset: type[torchvision.datasets.CIFAR10]) -> Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]:
+    def load(root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            data = dataset(str(root), train=train)
+        except RuntimeError:  # torchvision's word for missing or damaged files
+            data = None
+        try:
+            if data is None:
+                with _nothing_left_on_failure(root):
+                    data = dataset(str(root), train=train, download=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise DataError(f'--data={root}: no intact {dataset.__name__} there and it cannot be downloaded ({error}); '
+                            f'unpack {dataset.filename} to {root / dataset.base_folder}, or use --dataset=digits, which '
+                            'needs no download') from None
+        return data.data.transpose(0, 3, 1, 2), np.asarray(data.targets)
+    return load
+
+
+def _load_digits(root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Every fifth image tests (360), the others train (1,437); 8×8 pixels of 0-16 become 3×32×32 of 0-255."""
+    with np.load(DIGITS_FILE) as file:
+        images, labels = file['images'], file['labels']
+    chosen = (np.arange(len(labels)) % 5 != 0) == train
+    small = torch.from_numpy(images[chosen]).float().unsqueeze(1) * (255 / 16)
+    large = F.interpolate(small, scale_factor=4, mode='bilinear').round().to(torch.uint8)
+    return large.expand(-1, 3, -1, -1).numpy(), labels[chosen]
+
+
+CIFAR_MEAN, CIFAR_STD = (.49139968, .48215827, .44653124), (.24703233, .24348505, .26158768)
+
+SOURCES: dict[str, Source] = {
+    'cifar10': Source(10, CIFAR_MEAN, CIFAR_STD, True, _load_cifar(torchvision.datasets.CIFAR10)),
+    'cifar100': Source(100, CIFAR_MEAN, CIFAR_STD, True, _load_cifar(torchvision.datasets.CIFAR100)),
+    'digits': Source(10, (.305, .305, .305), (.324, .324, .324), False, _load_digits),
+}
+
+
+def load(dataset: str, root: str | Path, train: bool, device: torch.device) -> ImageSet:
+    """Read the training or the test images of 'cifar10', 'cifar100' or 'digits' onto the device.
+
+    Missing files are downloaded to `root`. Raises DataError when they are missing or damaged and no download is possible.
+    """
+    source = SOURCES[dataset]
+    images, labels = source.load(Path(root), train)
+    images = F.pad(torch.from_numpy(np.ascontiguousarray(images)), [CROP_PADDING] * 4)
+
+    def channels(values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, device=device).reshape(3, 1, 1)
+    return ImageSet(images.to(device), torch.from_numpy(labels).long().to(device), channels(source.mean),
+                    channels(source.std), source.flip)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 images (batch, 3, h, w) -> float, (pixel / 255 - mean) / std per channel, channels-last."""
+    images = images.contiguous(memory_format=torch.channels_last).to(mean.dtype)
+    return images.mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def crop_and_flip(padded: Tensor, chosen: Tensor, size: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """A random size×size window of each chosen image, mirrored with probability 1/2 if `flip`: uint8 (batch, 3, size, size).
+
+    padded: (count, 3, h, w); chosen: (batch,) indices. As torchvision's RandomCrop with padding, RandomHorizontalFlip.
+    """
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
+    batch, places = len(chosen), windows.shape[1]
+    top, left = torch.randint(places, (2, batch), generator=generator, device=padded.device)
+    images = windows[chosen, top, left]
+    if not flip:
+        return images
+    mirrored = torch.rand((batch, 1, 1, 1), generator=generator, device=padded.device) < 0.5
+    return torch.where(mirrored, images.flip(3), images)
+
+
+def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Zero a size×size square around a random pixel of each image, clipped at the border (arXiv:1708.04552)."""
+    batch, _, height, width = images.shape
+
+    def inside(length: int) -> Tensor:
+        centre = torch.randint(length, (batch, 1), generator=generator, device=images.device)
+        pixels = torch.arange(length, device=images.device)
+        return (pixels >= centre - size // 2) & (pixels < centre + size // 2)
+    hole = inside(height)[:, None, :, None] & inside(width)[:, None, None, :]
+    return images.masked_fill(hole, 0)
+
+
+def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int, int]]:
+    """(start, stop) of the batches that `count` images make; a last one of fewer than `least` shares with its neighbour.
+
+    Batch-norm cannot train on a single image, and every process needs some.
+    """
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] < least:
+        starts[-1] = (starts[-2] + count + 1) // 2
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+def share_of(start: int, stop: int, rank: int, world: int) -> tuple[int, int]:
+    """The part of a batch that process `rank` of `world` takes."""
+    return start + (stop - start) * rank // world, start + (stop - start) * (rank + 1) // world
+
+
+class TrainBatches:
+    """An epoch of shuffled, augmented batches at each iteration; `len` is its number of steps.
+
+    Yields (images, labels, weight); weight is what the batch's mean loss counts, 1.0 with one process. `batch_size` is
+    that of all processes together; order and augmentation come from `generator`, equal on all of them.
+    """
+
+    def __init__(self, data: ImageSet, batch_size: int, generator: torch.Generator, cutout_size: int = 0, rank: int = 0,
+                 world: int = 1):
+        self.data, self.generator, self.cutout_size = data, generator, cutout_size
+        self.rank, self.world = rank, world
+        self.bounds = batch_bounds(len(data), batch_size, 2 * world)
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        data = self.data
+        order = torch.randperm(len(data), generator=self.generator, device=data.labels.device)
+        for start, stop in self.bounds:
+            chosen = order[start:stop]
+            images = crop_and_flip(data.images, chosen, data.size, data.flip, self.generator)
+            images = normalise(images, data.mean, data.std)
+            if self.cutout_size:
+                images = cutout(images, self.cutout_size, self.generator)
+            first, last = share_of(0, stop - start, self.rank, self.world)
+            yield images[first:last], data.labels[chosen[first:last]], (last - first) * self.world / (stop - start)
+
+
+class EvalBatches:
+    """The images once, in order and as they are: yields (images, labels), each process its share."""
+
+    def __init__(self, data: ImageSet, batch_size: int, rank: int = 0, world: int = 1):
+        self.data, self.rank, self.world = data, rank, world
+        self.bounds = batch_bounds(len(data), batch_size, least=1)
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def images(self, chosen: 'slice | Tensor') -> Tensor:
+        """The images at a slice or tensor of indices, normalised."""
+        inner = slice(CROP_PADDING, -CROP_PADDING)
+        return normalise(self.data.images[chosen, :, inner, inner], self.data.mean, self.data.std)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start, stop in self.bounds:
+            mine = slice(*share_of(start, stop, self.rank, self.world))
+            if mine.stop > mine.start:
+                yield self.images(mine), self.data.labels[mine]

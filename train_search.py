@@ -1,0 +1,319 @@
+"""Search for an architecture by NAO-WS (paper, section 3 and appendix; Algorithm 1 with weight sharing).
+
+    python train_search.py --output_dir=exp/search_cifar10       # search; again: goes on where it stopped
+    python train_cifar.py --fixed_arc=exp/search_cifar10/arch_pool.final --use_aux_head --cutout_size=16
+
+A supernet trains on random architectures of a pool; now and then every architecture of the pool is scored, the controller
+learns which are good and writes new ones, which replace the worst; at last the best are trained from scratch and ranked.
+A round is a few phases, and the checkpoint says which comes next:
+
+    train (until the next scoring) -> score -> fit -> propose -> train ... score -> rank (one architecture at a time) -> done
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import architecture
+import controller
+import datasets
+import utils
+from architecture import Architecture
+from model import NASNetworkCIFAR
+from model_search import NASWSNetworkCIFAR
+
+SEEDS_OF_NEW = 100  # the best architectures, from which the controller ascends
+LAMBDAS = range(1, 51)  # step sizes of the ascent, until there are enough new architectures
+RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB = 0.6, 0.8  # of the final trainings from scratch
+
+
+def eval_epochs(text: str) -> int | list[int]:
+    """The argparse type of --child_eval_epochs: N (every N epochs) or a list of epochs such as [30,60]."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    epochs = value if isinstance(value, list) else [value]
+    if not epochs or any(type(epoch) is not int or epoch < 1 for epoch in epochs):
+        raise argparse.ArgumentTypeError(f'must be a whole number above 0 or a list of them such as [30,60], not {text!r}')
+    return value
+
+
+def parse_args() -> argparse.Namespace:
+    """The program's flags."""
+    parser = utils.Parser('Search for an architecture by NAO-WS.')
+    utils.add_run_arguments(parser, output_dir='exp/search_cifar10')
+    parser.add_argument('--dataset', choices=datasets.SOURCES, default='cifar10')
+    group = parser.add_argument_group('child: the weight-sharing network')
+    for name, kind, default, text in (
+            ('batch_size', utils.POSITIVE_INT, 64, 'images per step'),
+            ('eval_batch_size', utils.POSITIVE_INT, 500, 'validation images that an architecture is scored on'),
+            ('epochs', utils.POSITIVE_INT, 150, ''),
+            ('layers', utils.POSITIVE_INT, 3, 'normal cells before, between and after the reduction cells'),
+            ('nodes', utils.POSITIVE_INT, 5, 'nodes of a cell'),
+            ('channels', utils.POSITIVE_INT, 20, 'channels of the first cells'),
+            ('cutout_size', utils.COUNT, 0, 'side of the square that cutout zeroes; 0: none'),
+            ('grad_bound', utils.POSITIVE, 5.0, 'gradients are clipped to this norm'),
+            ('lr_max', utils.POSITIVE, 0.025, 'learning rate of the first epoch'),
+            ('lr_min', utils.NOT_NEGATIVE, 0.001, 'learning rate that the cosine ends at'),
+            ('keep_prob', utils.KEEP, 1.0, '1 - dropout before the classifier'),
+            ('drop_path_keep_prob', utils.KEEP, 0.9, '1 - drop path of the last cell at the end'),
+            ('l2_reg', utils.NOT_NEGATIVE, 3e-4, 'weight decay'),
+            ('eval_epochs', eval_epochs, 30, 'score every N epochs, or after the epochs of a list such as [30,60]'),
+            ('arch_pool', str, None, 'a pool file to start from; None: random architectures'),
+            ('rank_count', utils.COUNT, 5, 'how many of the best are trained from scratch at the end'),
+            ('rank_epochs', utils.POSITIVE_INT, 10, 'epochs of each training from scratch')):
+        group.add_argument(f'--child_{name}', type=kind, default=default, help=text)
+    group.add_argument('--child_use_aux_head', action='store_true', help='train with the auxiliary head')
+    group = parser.add_argument_group('controller')
+    for name, kind, default, text in (
+            ('seed_arch', utils.POSITIVE_INT, 600, 'architectures in the pool'),
+            ('new_arch', utils.POSITIVE_INT, 300, 'new architectures a round'),
+            ('expand', utils.POSITIVE_INT, None, 'N: write N-1 copies of each architecture with swapped operands and hold '
+             '10 %% out; None: swap anew in each epoch, hold none out'),
+            ('epochs', utils.POSITIVE_INT, 1000, 'epochs of a fit'),
+            ('batch_size', utils.POSITIVE_INT, 100, 'architectures per step'),
+            ('lr', utils.POSITIVE, 0.001, 'learning rate of Adam'),
+            ('trade_off', utils.FRACTION, 0.8, 'weight of the prediction loss; the rest weighs the reconstruction'),
+            ('l2_reg', utils.NOT_NEGATIVE, 1e-4, 'weight decay'),
+            ('grad_bound', utils.POSITIVE, 5.0, 'gradients are clipped to this norm'),
+            ('encoder_layers', utils.POSITIVE_INT, 1, ''),
+            ('encoder_hidden_size', utils.POSITIVE_INT, 96, ''),
+            ('encoder_emb_size', utils.POSITIVE_INT, 48, ''),
+            ('encoder_dropout', utils.FRACTION, 0.0, ''),
+            ('mlp_layers', utils.COUNT, 3, ''),
+            ('mlp_hidden_size', utils.POSITIVE_INT, 200, ''),
+            ('mlp_dropout', utils.FRACTION, 0.1, ''),
+            ('decoder_layers', utils.POSITIVE_INT, 1, ''),
+            ('decoder_hidden_size', utils.POSITIVE_INT, 96, ''),
+            ('decoder_dropout', utils.FRACTION, 0.0, '')):
+        group.add_argument(f'--controller_{name}', type=kind, default=default, help=text)
+    args = parser.parse_args()
+    if args.controller_encoder_hidden_size != args.controller_decoder_hidden_size:
+        raise utils.UserError('--controller_encoder_hidden_size and --controller_decoder_hidden_size must be equal: the '
+                              'decoder starts from the embedding')
+    return args
+
+
+def write_lines(path: Path, lines: list) -> None:
+    """Write a pool file in one go: a reader sees the old one or the new one."""
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(''.join(f'{line}\n' for line in lines))
+    temporary.replace(path)
+
+
+class Search:
+    """A search's state, and a method for each of its phases; a method ends by saying which phase comes next."""
+
+    def __init__(self, args: argparse.Namespace, run: utils.Run):
+        self.args, self.run = args, run
+        self.vocabulary = architecture.vocabulary(args.child_nodes, 'small')
+        self.pool = (
+            architecture.read_pool(args.child_arch_pool, args.child_nodes, self.vocabulary.operations)
+            if args.child_arch_pool else
+            architecture.sample(args.controller_seed_arch, args.child_nodes, self.vocabulary.operations,
+                                run.generators['search']))
+        data = datasets.load(args.dataset, args.data, train=True, device=run.device)
+        split = int(0.9 * len(data))
+        self.train_set, self.valid_set = data.select(range(split)), data.select(range(split, len(data)))
+        self.batches = datasets.TrainBatches(self.train_set, args.child_batch_size, run.generators['data'],
+                                             args.child_cutout_size)
+        self.classes = datasets.SOURCES[args.dataset].classes
+        self.supernet = run.place(NASWSNetworkCIFAR(
+            self.classes, args.child_layers, args.child_nodes, args.child_channels, args.child_keep_prob,
+            args.child_drop_path_keep_prob, args.child_use_aux_head, args.child_epochs * len(self.batches)))
+        self.optimizer = utils.sgd(self.supernet.parameters(), args.child_l2_reg)
+        sizes = {name: getattr(args, f'controller_{name}') for name in (
+            'encoder_layers', 'encoder_hidden_size', 'encoder_emb_size', 'encoder_dropout', 'mlp_layers',
+            'mlp_hidden_size', 'mlp_dropout', 'decoder_layers', 'decoder_hidden_size', 'decoder_dropout')}
+        allowed = self.vocabulary.allowed_tokens
+        self.nao = controller.NAO(allowed, self.vocabulary.size, len(allowed) // 2, **sizes).to(run.device)
+        self.epoch, self.step, self.phase = 0, 0, 'train'
+        self.accuracies: list[float] = []
+        self.ranked: list[tuple[float, str]] = []
+        self.clock = utils.Clock(0, 1)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the search's state is kept."""
+        return self.run.output_dir / 'checkpoint.pt'
+
+    def load(self) -> None:
+        """Go on from the checkpoint."""
+        state = utils.load_checkpoint(self.checkpoint)
+        if 'phase' not in state:
+            raise utils.UserError(f'{self.checkpoint} is not the checkpoint of a search; name another --output_dir')
+        utils.load_model(self.supernet, state['model'], self.checkpoint)
+        utils.load_model(self.nao, state['controller'], self.checkpoint)
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.pool = [architecture.parse(line) for line in state['pool']]
+        for name in ('epoch', 'step', 'phase', 'accuracies', 'ranked'):
+            setattr(self, name, state[name])
+        self.run.resume(state, f'epoch {self.epoch}, next: {self.phase}')
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = self.run.state() | {
+            'model': self.supernet.state_dict(), 'controller': self.nao.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'pool': [str(arch) for arch in self.pool], 'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
+        state |= {name: getattr(self, name) for name in ('epoch', 'step', 'phase', 'accuracies', 'ranked')}
+        paths = [self.checkpoint]
+        if self.phase in ('train', 'score') and self.args.save_every and self.epoch % self.args.save_every == 0:
+            paths.insert(0, self.run.output_dir / f'checkpoint_{self.epoch}.pt')
+        utils.save_checkpoint(state, *paths)
+
+    def write_pool(self, suffix: str, pool: list, accuracies: list[float] | None = None) -> None:
+        """Write arch_pool{suffix}, and arch_pool.perf{suffix} where there are accuracies."""
+        write_lines(self.run.output_dir / f'arch_pool{suffix}', pool)
+        if accuracies is not None:
+            write_lines(self.run.output_dir / f'arch_pool.perf{suffix}', accuracies)
+
+    def is_scored(self, epoch: int) -> bool:
+        """Whether the pool is scored after so many epochs."""
+        every = self.args.child_eval_epochs
+        return epoch == self.args.child_epochs or (epoch in every if isinstance(every, list) else epoch % every == 0)
+
+    def train(self) -> None:
+        """One epoch of the supernet, each step on an architecture drawn uniformly from the pool."""
+        args = self.args
+        self.supernet.train()
+
+        def forward(images: torch.Tensor, step: int) -> tuple:
+            chosen = int(torch.randint(len(self.pool), (), generator=self.run.generators['search']))
+            return self.supernet(images, self.pool[chosen], step)
+        rate = utils.cosine(self.epoch, args.child_epochs, args.child_lr_max, args.child_lr_min)
+        title = f'epoch {self.epoch + 1}/{args.child_epochs}'
+        values, self.step = utils.train_epoch(
+            self.run, forward, self.optimizer, self.batches, title=title, lr=rate, step=self.step, clock=self.clock,
+            grad_bound=args.child_grad_bound)
+        self.epoch += 1
+        self.run.log(f'{title} train {utils.describe(values)} lr {rate:.3g} left {self.clock.left(self.step)}')
+        self.run.write_metrics(kind='epoch', epoch=self.epoch, step=self.step, lr=rate, train=values)
+        self.phase = 'score' if self.is_scored(self.epoch) else 'train'
+
+    @torch.no_grad()
+    def score(self) -> None:
+        """Score the pool, all on one validation batch with batch statistics, and sort it, best first."""
+        batches = datasets.EvalBatches(self.valid_set, self.args.child_eval_batch_size)
+        chosen = torch.randperm(len(self.valid_set), generator=self.run.generators['search'])
+        chosen = chosen[:self.args.child_eval_batch_size].to(self.run.device)
+        images, labels = batches.images(chosen), self.valid_set.labels[chosen]
+        self.supernet.eval()
+        right = []
+        for done, arch in enumerate(self.pool, start=1):
+            logits, _ = self.supernet(images, arch, bn_train=True)
+            right.append((logits.argmax(1) == labels).sum())
+            if done % utils.LOG_EVERY == 0:
+                self.run.log(f'scored {done}/{len(self.pool)} architectures')
+        accuracies = [count / len(labels) for count in torch.stack(right).tolist()]
+        order = sorted(range(len(self.pool)), key=lambda index: -accuracies[index])
+        self.pool, self.accuracies = [self.pool[i] for i in order], [accuracies[i] for i in order]
+        for suffix in (f'.{self.epoch}', ''):
+            self.write_pool(suffix, self.pool, self.accuracies)
+        mean = sum(accuracies) / len(accuracies)
+        self.run.log(f'epoch {self.epoch}: scored {len(self.pool)} architectures on {len(labels)} images: best '
+                     f'{self.accuracies[0]:.4f}, mean {mean:.4f}, worst {self.accuracies[-1]:.4f}')
+        self.run.write_metrics(kind='score', epoch=self.epoch, accuracies=self.accuracies, best_arch=str(self.pool[0]))
+        self.phase = 'fit' if self.epoch < self.args.child_epochs else 'rank'
+
+    def tokens(self, pool: list[Architecture]) -> torch.Tensor:
+        """The pool as the controller's sequences, (count, 8·nodes)."""
+        return torch.tensor([self.vocabulary.encode(arch) for arch in pool], device=self.run.device)
+
+    def fit(self) -> None:
+        """Train the controller on the scored pool."""
+        args, generator = self.args, self.run.generators['search']
+        sequences, targets = self.tokens(self.pool), controller.scale(self.accuracies).to(self.run.device)
+        augment, held_out = architecture.swap_operands, None
+        if args.controller_expand:
+            order = torch.randperm(len(sequences), generator=generator).to(self.run.device)
+            train, test = order[len(order) // 10:], order[:len(order) // 10]
+            held_out = (sequences[test], targets[test]) if len(test) else None
+            copies = [sequences[train]] + [architecture.swap_operands(sequences[train], generator)
+                                           for _ in range(args.controller_expand - 1)]
+            sequences, targets, augment = torch.cat(copies), targets[train].repeat(args.controller_expand, 1), None
+
+        def report(values: dict[str, float]) -> None:
+            self.run.log(f'controller epoch {values["epoch"]}/{args.controller_epochs} loss {values["loss"]:.5f} pairwise '
+                         f'accuracy {values["pairwise_accuracy"]:.4f} Hamming distance {values["hamming_distance"]:.4f}')
+        values = controller.fit(
+            self.nao, sequences, targets, epochs=args.controller_epochs, batch_size=args.controller_batch_size,
+            lr=args.controller_lr, l2_reg=args.controller_l2_reg, trade_off=args.controller_trade_off,
+            grad_bound=args.controller_grad_bound, generator=generator, augment=augment, held_out=held_out, report=report)
+        self.run.write_metrics(kind='controller', search_epoch=self.epoch, **values)
+        self.phase = 'propose'
+
+    def propose(self) -> None:
+        """Let the controller write new architectures in place of the worst."""
+        new, per_lambda = controller.new_architectures(
+            self.nao, self.tokens(self.pool[:SEEDS_OF_NEW]), [self.vocabulary.encode(arch) for arch in self.pool],
+            min(self.args.controller_new_arch, len(self.pool)), LAMBDAS)
+        self.pool = self.pool[:len(self.pool) - len(new)] + [self.vocabulary.decode(tokens) for tokens in new]
+        self.write_pool('', self.pool)
+        self.run.log(f'{len(new)} new architectures, per λ: {per_lambda}')
+        self.run.write_metrics(kind='new', epoch=self.epoch, new=len(new), per_lambda=per_lambda)
+        self.phase = 'train'
+
+    def rank(self) -> None:
+        """Train the next of the best architectures from scratch and score it; after the last write arch_pool.final."""
+        index, count = len(self.ranked), min(self.args.child_rank_count, len(self.pool))
+        if index < count:
+            arch = self.pool[index]
+            accuracy = self.train_from_scratch(arch, f'rank {index + 1}/{count} ')
+            self.ranked.append((accuracy, str(arch)))
+            self.run.write_metrics(kind='rank', index=index, accuracy=accuracy, arch=str(arch))
+            return
+        ranked = sorted(self.ranked, key=lambda pair: -pair[0])
+        self.write_pool('.final', [arch for _, arch in ranked], [accuracy for accuracy, _ in ranked])
+        self.phase = 'done'
+
+    def train_from_scratch(self, arch: Architecture, title: str) -> float:
+        """Train one architecture on the training split; its accuracy on the validation split, 0-1.
+
+        All draws follow from --seed and the architecture, so that order and interruptions make no difference.
+        """
+        args, run = self.args, self.run
+        run.reseed(str(arch))
+        batches = datasets.TrainBatches(self.train_set, args.child_batch_size, run.generators['data'],
+                                        args.child_cutout_size)
+        network = run.place(NASNetworkCIFAR(
+            self.classes, args.child_layers, args.child_nodes, args.child_channels, RANK_KEEP_PROB,
+            RANK_DROP_PATH_KEEP_PROB, True, args.child_rank_epochs * len(batches), arch))
+        values = utils.fit(
+            run, network, utils.sgd(network.parameters(), args.child_l2_reg), batches,
+            datasets.EvalBatches(self.valid_set, args.child_eval_batch_size), epochs=args.child_rank_epochs,
+            lr=partial(utils.cosine, epochs=args.child_rank_epochs, lr_max=args.child_lr_max, lr_min=args.child_lr_min),
+            title=title, grad_bound=args.child_grad_bound)
+        return values['top1'] / 100
+
+    def search(self) -> None:
+        """Run phase after phase to the end, with a checkpoint after each."""
+        self.clock = utils.Clock(self.step, self.args.child_epochs * len(self.batches))
+        phases: dict[str, Any] = {'train': self.train, 'score': self.score, 'fit': self.fit, 'propose': self.propose,
+                                  'rank': self.rank}
+        while self.phase in phases:
+            phases[self.phase]()
+            self.save()
+
+
+def main() -> None:
+    """Search to the end, from the checkpoint in the output directory if there is one."""
+    args = parse_args()
+    run = utils.Run(args)
+    search = Search(args, run)
+    if search.checkpoint.exists():
+        search.load()
+    run.open_output()
+    run.log_start(search.supernet, utils.count_madds(search.supernet, search.train_set.size, search.pool[0]))
+    search.search()
+    best = (run.output_dir / 'arch_pool.final').read_text().splitlines()
+    if best:
+        run.log(f'finished: the best architecture is {best[0]}; all ranked ones are in {run.output_dir / "arch_pool.final"}')
+
+
+if __name__ == '__main__':
+    utils.run_program(main)

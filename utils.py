@@ -1,0 +1,507 @@
+"""What the programs share: flags and errors, device and processes, logs, checkpoints, the training loop.
+
+A program is `main(args)` under `run_program`. A `Run` knows where it runs (device, process, output directory) and owns all
+random generators; `train_epoch` and `evaluate` are the one loop; `fit` is a whole resumable training of a network.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import architecture
+from datasets import DataError
+
+LOG_EVERY = 100  # steps between two log lines
+AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
+
+
+class UserError(Exception):
+    """Something that the user can mend; the message is one line that says what is wrong and what would be right."""
+
+
+class NotFiniteError(Exception):
+    """A training loss is infinite or not a number."""
+
+
+# ----------------------------------------------------------------------------------------------------- flags and errors
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> None:
+        """Print the message as one line and exit with status 2."""
+        raise UserError(f'{message} (see --help)')
+
+
+def number(kind: type, least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: an int or float from `least` (with `above`: beyond it) to `most`."""
+    def convert(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value > least if above else value >= least) or not value <= most or math.isinf(value):
+            name = 'a whole number' if kind is int else 'a number'
+            low = f'above {least:g}' if above else f'of at least {least:g}'
+            raise argparse.ArgumentTypeError(
+                f'must be {name} {low}{f" and at most {most:g}" if most < math.inf else ""}, not {text!r}')
+        return value
+    return convert
+
+
+POSITIVE_INT, COUNT = number(int, 1), number(int, 0)
+POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
+KEEP = number(float, 0, 1, above=True)
+FRACTION = number(float, 0, 1)
+
+
+def add_run_arguments(parser: Parser, output_dir: str) -> None:
+    """The flags of every program: where it runs, where it writes, the seed."""
+    group = parser.add_argument_group('run')
+    group.add_argument('--data', default='data', help='directory of the data set')
+    group.add_argument('--output_dir', default=output_dir, help='directory of checkpoints and metrics.jsonl; a run that '
+                       'finds its checkpoint.pt there goes on from it')
+    group.add_argument('--device', help='cpu, cuda, cuda:N or mps; None: CUDA if there is one, else MPS, else the CPU')
+    group.add_argument('--seed', type=COUNT, default=0, help='of all random draws')
+    group.add_argument('--save_every', type=COUNT, default=0, metavar='N',
+                       help='also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best')
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a program's main; a user's mistake ends in one line and status 2, Ctrl-C in one line and status 130."""
+    program = Path(sys.argv[0]).name
+    try:
+        main()
+    except (UserError, DataError, architecture.ArchitectureError) as error:
+        status, line = 2, f'{program}: error: {error}'
+    except NotFiniteError as error:
+        status, line = 1, f'{program}: stopped: {error}'
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        status, line = 130, f'{program}: interrupted; the same command goes on from the last checkpoint'
+    else:
+        return
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+# ------------------------------------------------------------------------------------------------- device and processes
+
+def choose_device(name: str | None) -> torch.device:
+    """The device a user asks for, or the best one there is; raises UserError if it cannot be used."""
+    if name is None:
+        if torch.cuda.is_available():
+            name = 'cuda'
+        elif torch.backends.mps.is_available():
+            name = 'mps'
+        else:
+            print('warning: no GPU found, running on the CPU', file=sys.stderr, flush=True)
+            name = 'cpu'
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f'--device={name} cannot be used here ({reason}); use cpu, cuda, cuda:N or mps') from None
+    return device
+
+
+def default_generator(device: torch.device) -> torch.Generator | None:
+    """The generator that dropout and drop path draw from on this device; None on MPS, which has no such object."""
+    if device.type == 'cuda':
+        torch.cuda.init()
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator if device.type == 'cpu' else None
+
+
+class Run:
+    """Where a program runs and writes: device, output directory, logs, metrics and all random generators.
+
+    generators: 'data' (batches, on the device), 'search' (architectures, on the CPU) and the default ones of CPU and
+    device, from which networks draw weights, dropout and drop path.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = choose_device(args.device)
+        self.rank, self.world = 0, 1
+        self.output_dir = Path(args.output_dir)
+        torch.manual_seed(args.seed)
+        self.generators = {'default': torch.default_generator, 'data': torch.Generator(self.device),
+                           'search': torch.Generator()}
+        self.generators['data'].manual_seed(args.seed)
+        self.generators['search'].manual_seed(args.seed)
+        on_device = default_generator(self.device)
+        if on_device is not None and on_device is not torch.default_generator:
+            self.generators['device'] = on_device
+
+    def log(self, message: str) -> None:
+        """Print a line with the time in front."""
+        print(f'{datetime.now():%Y-%m-%d %H:%M:%S} {message}', flush=True)
+
+    def open_output(self) -> None:
+        """Create the output directory; raises UserError if nothing can be written there."""
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            probe = self.output_dir / f'.writable-{os.getpid()}'
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); '
+                            'name a directory that you may write to') from None
+
+    def write_metrics(self, **values: Any) -> None:
+        """Append one JSON object to metrics.jsonl."""
+        with open(self.output_dir / 'metrics.jsonl', 'a') as file:
+            file.write(json.dumps(values) + '\n')
+
+    def state(self) -> dict[str, Any]:
+        """What every checkpoint holds of a run: arguments, random generators, length of metrics.jsonl."""
+        metrics = self.output_dir / 'metrics.jsonl'
+        return {'args': vars(self.args), 'random': {name: generator.get_state() for name, generator in self.generators.items()},
+                'metrics_bytes': metrics.stat().st_size if metrics.exists() else 0}
+
+    def resume(self, state: dict[str, Any], where: str) -> None:
+        """Go on as a checkpoint's run: its random generators, and metrics.jsonl as it was then; log from where."""
+        for name, generator in self.generators.items():
+            if name in state.get('random', {}):
+                generator.set_state(state['random'][name])
+        metrics = self.output_dir / 'metrics.jsonl'
+        if metrics.exists() and metrics.stat().st_size > state.get('metrics_bytes', math.inf):
+            os.truncate(metrics, state['metrics_bytes'])
+        now = vars(self.args)
+        changed = [f'--{name}={now[name]} (was {value})' for name, value in state['args'].items()
+                   if name in now and now[name] != value]
+        self.log(f'resumed after {where}' + (f', with other flags: {" ".join(changed)}' if changed else ''))
+
+    def reseed(self, *seed: Any) -> None:
+        """Seed all generators from --seed and the given values, so that what follows depends on nothing before it."""
+        value = zlib.crc32(repr((self.args.seed, *seed)).encode())
+        for generator in self.generators.values():
+            generator.manual_seed(value)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device, in channels-last layout."""
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def log_start(self, model: nn.Module, madds: int) -> None:
+        """Log what a reader wants to know first: device, sizes, arguments."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else f'{torch.get_num_threads()} threads'
+        self.log(f'device {self.device} ({name}), PyTorch {torch.__version__}')
+        self.log(f'parameters {count_parameters(model):,} (without the auxiliary head), multiply-adds of one image {madds:,}')
+        self.log('arguments ' + ' '.join(f'--{key}={value}' for key, value in vars(self.args).items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters, the auxiliary head left out as in the paper's tables."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith('auxiliary_head.'))
+
+
+@torch.no_grad()
+def count_madds(model: nn.Module, image_size: int, *extras: Any) -> int:
+    """Multiply-adds of the convolutions and linear layers for one image; `extras` go to the model after the image."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, image_size, image_size, device=device), *extras)
+    model.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
+    """Write a checkpoint to each path: to a temporary file beside it, flushed to the disk, renamed.
+
+    Raises UserError when it cannot be written; what stood at the path then still stands there.
+    """
+    for path in paths:
+        temporary = path.with_name(path.name + '.tmp')
+        try:
+            with open(temporary, 'wb') as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+            raise UserError(f'{path} cannot be written ({reason}); the checkpoint before it is intact, '
+                            'make room and run the same command again') from None
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this project or of the reference (whose `args` is a Namespace, and whose names may start with
+    `module.`) onto the CPU; `args` becomes a dict. Raises UserError.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'{path}: there is no such checkpoint; train first, or name one with --checkpoint') from None
+    except Exception as error:  # torch.load raises a dozen kinds for a file that is not what it should be
+        raise UserError(f'{path}: is not a readable checkpoint ({str(error).splitlines()[0][:100]}); it is cut off, '
+                        'damaged or another kind of file') from None
+    if not isinstance(state, dict) or not isinstance(state.get('model'), dict):
+        raise UserError(f'{path}: is not a checkpoint of this project: a dict with "model" is needed')
+    args = state.get('args', {})
+    state['args'] = vars(args) if isinstance(args, argparse.Namespace) else args
+    state['model'] = {name.removeprefix('module.'): value for name, value in state['model'].items()}
+    return state
+
+
+def load_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Load a checkpoint's weights strictly; raises UserError if they are those of another network."""
+    wanted = model.state_dict()
+    rows, wanted_rows = (len(names['classifier.weight']) if 'classifier.weight' in names else 0
+                         for names in (weights, wanted))
+    if rows and wanted_rows and rows != wanted_rows:
+        raise UserError(f'{path}: is for {rows} classes, this data set has {wanted_rows}; give the --dataset it was '
+                        'trained on')
+    trackers = {name for name in wanted if name.endswith('num_batches_tracked')}  # absent before PyTorch 0.4.1
+    different = [name for name in wanted.keys() | weights.keys() if name not in trackers - weights.keys() and (
+        name not in wanted or name not in weights or wanted[name].shape != weights[name].shape)]
+    if different:
+        raise UserError(f'{path}: is of another architecture: {len(different)} of its parameters differ, such as '
+                        f'{min(different)}; give the --fixed_arc, --layers, --channels and --use_aux_head it was trained with')
+    model.load_state_dict(weights, strict=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+def cosine(epoch: int, epochs: int, lr_max: float, lr_min: float) -> float:
+    """The learning rate of an epoch, from 0: lr_min + (lr_max - lr_min)(1 + cos(π·epoch/epochs)) / 2."""
+    return lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+class Meter:
+    """Sums loss and right answers on the device; nothing is read before `values` is called."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
+        self.start, self.images = time.perf_counter(), 0
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Count a batch: logits (batch, classes), labels (batch,), mean loss ()."""
+        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        self.sums += torch.stack([loss * len(labels), right[:, 0].sum(), right.sum()])
+        self.images += len(labels)
+
+    def values(self) -> dict[str, float]:
+        """Mean loss, top-1 and top-5 accuracy in per cent, images per second; waits for the device."""
+        loss, top1, top5 = (self.sums / self.images).tolist()
+        return {'loss': loss, 'top1': 100 * top1, 'top5': 100 * top5,
+                'images_per_second': self.images / (time.perf_counter() - self.start)}
+
+
+class Clock:
+    """Estimates the time that the rest of a training takes from what was done since the clock's start."""
+
+    def __init__(self, step: int, steps: int):
+        self.start, self.first, self.steps = time.monotonic(), step, steps
+
+    def left(self, step: int) -> str:
+        """The time to the last step, as h:mm:ss."""
+        per_step = (time.monotonic() - self.start) / max(1, step - self.first)
+        return str(timedelta(seconds=round(per_step * (self.steps - step))))
+
+
+def describe(values: dict[str, float]) -> str:
+    """A meter's values as a log line shows them."""
+    return (f'loss {values["loss"]:.4f} top-1 {values["top1"]:.2f} % top-5 {values["top5"]:.2f} % '
+            f'{values["images_per_second"]:.0f} images/s')
+
+
+def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor | None]], optimizer: torch.optim.Optimizer,
+                batches: Iterable, *, title: str, lr: float, step: int, clock: Clock, grad_bound: float,
+                label_smooth: float = 0.0, max_steps: int | None = None) -> tuple[dict[str, float], int]:
+    """Train on `batches` (all, or `max_steps` of them) and return the epoch's values (see Meter) and the next step.
+
+    forward(images, step) gives (logits, auxiliary logits or None). The loss is cross-entropy, plus 0.4 times that of the
+    auxiliary logits. Raises NotFiniteError, at a log line or the end, when the loss was not finite.
+    """
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+    meter, count = Meter(run.device), min(len(batches), max_steps or len(batches))
+
+    def values() -> dict[str, float]:
+        now = meter.values()
+        if not math.isfinite(now['loss']):
+            raise NotFiniteError(f'the loss is {now["loss"]} in {title}, step {done}/{count}; the last checkpoint is kept; '
+                                 'a smaller learning rate may help')
+        return now
+
+    for done, (images, labels, weight) in enumerate(batches, start=1):
+        logits, aux_logits = forward(images, step)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smooth)
+        if aux_logits is not None:
+            loss = loss + AUX_WEIGHT * F.cross_entropy(aux_logits, labels, label_smoothing=label_smooth)
+        optimizer.zero_grad()
+        (loss * weight if weight != 1 else loss).backward()
+        nn.utils.clip_grad_norm_([parameter for parameter in parameters if parameter.grad is not None], grad_bound)
+        optimizer.step()
+        meter.update(logits, labels, loss)
+        step += 1
+        if done % LOG_EVERY == 0:
+            run.log(f'{title} step {done}/{count} {describe(values())} lr {lr:.3g} left {clock.left(step)}')
+        if done == count:
+            break
+    return values(), step
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module, batches: Iterable) -> dict[str, float]:
+    """Mean loss, top-1 and top-5 accuracy in per cent of the model in eval mode on `batches`."""
+    model.eval()
+    meter = Meter(run.device)
+    for images, labels in batches:
+        logits, _ = model(images)
+        meter.update(logits, labels, F.cross_entropy(logits, labels))
+    return meter.values()
+
+
+def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batches: Iterable, eval_batches: Iterable, *,
+        epochs: int, lr: Callable[[int], float], title: str = '', epoch: int = 0, step: int = 0,
+        after_epoch: Callable[[int, int, dict, dict], None] = lambda *values: None, **options: Any) -> dict[str, float]:
+    """Train a network from `epoch` to `epochs` and return the last evaluation's values.
+
+    lr(epoch) is an epoch's learning rate; after_epoch(epochs done, step, training values, evaluation values) is called
+    after each; `options` go to train_epoch.
+    """
+    clock, evaluation = Clock(step, epochs * len(train_batches)), {}
+    while epoch < epochs:
+        model.train()
+        rate = lr(epoch)
+        name = f'{title}epoch {epoch + 1}/{epochs}'
+        training, step = train_epoch(run, model, optimizer, train_batches, title=name, lr=rate, step=step, clock=clock,
+                                     **options)
+        evaluation = evaluate(run, model, eval_batches)
+        epoch += 1
+        run.log(f'{name} train {describe(training)} | test {describe(evaluation)} lr {rate:.3g} left {clock.left(step)}')
+        after_epoch(epoch, step, training, evaluation)
+    return evaluation
+
+
+def sgd(parameters: Iterable[Tensor], l2_reg: float) -> torch.optim.SGD:
+    """The optimiser of every network here: SGD with momentum 0.9; train_epoch sets its learning rate."""
+    return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=l2_reg)
+
+
+# ------------------------------------------------------------------------------- training and testing a found architecture
+
+def add_network_arguments(parser: Parser, layers: int, channels: int, keep_prob: float, drop_path: float) -> None:
+    """The flags of a fixed architecture's network."""
+    group = parser.add_argument_group('network')
+    group.add_argument('--fixed_arc', '--arch', help='the architecture: a line of integers, or the path of an arch_pool file')
+    group.add_argument('--arc_index', type=COUNT, default=0, help='which line of the arch_pool file, from 0')
+    group.add_argument('--layers', type=POSITIVE_INT, default=layers, help='normal cells before, between and after the '
+                       'reduction cells')
+    group.add_argument('--nodes', type=POSITIVE_INT, default=5, help='nodes of a cell')
+    group.add_argument('--channels', type=POSITIVE_INT, default=channels, help='channels of the first cells')
+    group.add_argument('--keep_prob', type=KEEP, default=keep_prob, help='1 - dropout before the classifier')
+    group.add_argument('--drop_path_keep_prob', type=KEEP, default=drop_path, help='1 - drop path of the last cell at the end')
+    group.add_argument('--use_aux_head', action='store_true', help='train with the auxiliary head')
+
+
+def add_training_arguments(parser: Parser, batch_size: int, eval_batch_size: int, epochs: int, l2_reg: float) -> None:
+    """The flags of training and testing a fixed architecture's network."""
+    group = parser.add_argument_group('training')
+    group.add_argument('--mode', choices=['train', 'test'], default='train', help='test: only evaluate a checkpoint')
+    group.add_argument('--checkpoint', metavar='PATH', help='what to test; None: checkpoint_best.pt in --output_dir')
+    group.add_argument('--batch_size', type=POSITIVE_INT, default=batch_size, help='images per step')
+    group.add_argument('--eval_batch_size', type=POSITIVE_INT, default=eval_batch_size, help='images per evaluation step')
+    group.add_argument('--epochs', type=POSITIVE_INT, default=epochs)
+    group.add_argument('--l2_reg', type=NOT_NEGATIVE, default=l2_reg, help='weight decay')
+
+
+def parse_training_arguments(parser: Parser) -> argparse.Namespace:
+    """Parse a training program's flags; in test mode the checkpoint answers for what the flags leave out.
+
+    Raises UserError for a missing architecture.
+    """
+    args = parser.parse_args()
+    if args.mode == 'test':
+        path = args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt'
+        saved = load_checkpoint(path)['args']
+        saved.setdefault('fixed_arc', saved.get('arch'))  # the reference's name for it
+        known = {name: saved[name] for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
+                 if saved.get(name) is not None}
+        parser.set_defaults(**known)
+        args = parser.parse_args()
+    if not args.fixed_arc:
+        raise UserError('--fixed_arc is missing: a line of integers, or the path of an arch_pool file')
+    return args
+
+
+def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Iterable) -> dict[str, float]:
+    """Evaluate checkpoint_best.pt, or --checkpoint, and log its errors; build(use_aux_head) makes the network."""
+    path = run.args.checkpoint or run.output_dir / 'checkpoint_best.pt'
+    weights = load_checkpoint(path)['model']
+    model = run.place(build(any(name.startswith('auxiliary_head.') for name in weights)))
+    load_model(model, weights, path)
+    values = evaluate(run, model, eval_batches)
+    run.log(f'{path}: loss {values["loss"]:.4f} top-1 error {100 - values["top1"]:.2f} % '
+            f'top-5 error {100 - values["top5"]:.2f} % on {len(eval_batches.data)} images')
+    return values
+
+
+def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batches: Iterable, *, l2_reg: float,
+                  image_size: int, **options: Any) -> None:
+    """Train a network to the end, from checkpoint.pt in the output directory if there is one; `options` go to `fit`.
+
+    After each epoch checkpoint.pt, and checkpoint_best.pt if the test accuracy is the best so far, are written, and a line
+    of metrics.jsonl.
+    """
+    model, path = run.place(model), run.output_dir / 'checkpoint.pt'
+    optimizer = sgd(model.parameters(), l2_reg)
+    state = {'epoch': 0, 'step': 0, 'best_acc_top1': 0.0}
+    if path.exists():
+        state = load_checkpoint(path)
+        load_model(model, state['model'], path)
+        optimizer.load_state_dict(state['optimizer'])
+    run.open_output()
+    run.log_start(model, count_madds(model, image_size))
+    if path.exists():
+        run.resume(state, f'epoch {state["epoch"]}')
+    best = state['best_acc_top1']
+
+    def after_epoch(epoch: int, step: int, training: dict, evaluation: dict) -> None:
+        nonlocal best
+        is_best, best = evaluation['top1'] > best, max(best, evaluation['top1'])
+        run.write_metrics(kind='epoch', epoch=epoch, step=step, lr=options['lr'](epoch - 1), train=training, test=evaluation,
+                          best_acc_top1=best)
+        paths = [run.output_dir / 'checkpoint_best.pt'] * is_best + [path]
+        if run.args.save_every and epoch % run.args.save_every == 0:
+            paths.insert(0, run.output_dir / f'checkpoint_{epoch}.pt')
+        save_checkpoint(run.state() | {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch,
+                                       'step': step, 'best_acc_top1': best}, *paths)
+
+    fit(run, model, optimizer, train_batches, eval_batches, epoch=state['epoch'], step=state['step'],
+        after_epoch=after_epoch, **options)
+    run.log(f'finished: best test top-1 error {100 - best:.2f} %, checkpoints in {run.output_dir}')
