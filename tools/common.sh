@@ -1,0 +1,52 @@
+# shellcheck shell=bash
+# What the scripts share; sourced by them. Sets `root`, the project's directory.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# install FILE...: make .venv and install the requirements files, unless that was done for these very files.
+install() {
+  local stamp
+  stamp=$root/.venv/installed-$(cd "$root" && cat "$@" | cksum | tr ' ' '-')
+  [ ! -e "$stamp" ] || return 0
+  [ -x "$root/.venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$root/.venv" || {
+    echo "error: cannot make a virtual environment; install Python 3.10 or newer with its venv module" >&2
+    exit 2
+  }
+  local file flags=()
+  for file in "$@"; do flags+=(-r "$root/$file"); done
+  "$root/.venv/bin/python" -m pip install --disable-pip-version-check "${flags[@]}"
+  touch "$stamp"
+}
+
+# python: the interpreter of an active environment, else that of .venv, else the system's.
+python() {
+  local interpreter=${PYTHON:-}
+  if [ -z "$interpreter" ]; then
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then interpreter=$(type -P python)
+    elif [ -x "$root/.venv/bin/python" ]; then interpreter=$root/.venv/bin/python
+    else interpreter=python3; fi
+  fi
+  "$interpreter" "$@"
+}
+
+# run PROGRAM FLAG...: run one of the programs, writing to $OUTPUT_DIR and appending to its train.log.
+run() {
+  local program=$1 made=() directory=$OUTPUT_DIR status=0
+  shift
+  while [ ! -e "$directory" ]; do
+    made+=("$directory")
+    directory=$(dirname "$directory")
+  done
+  if ! mkdir -p "$OUTPUT_DIR" || [ ! -w "$OUTPUT_DIR" ]; then
+    echo "error: OUTPUT_DIR=$OUTPUT_DIR cannot be written; name a directory that you may write to" >&2
+    exit 2
+  fi
+  if type -P nvidia-smi >/dev/null; then nvidia-smi || true; fi
+  # tee -i: Ctrl-C reaches the program, whose last line still belongs in the log
+  python -u "$root/$program" --output_dir="$OUTPUT_DIR" "$@" 2>&1 | tee -ai "$OUTPUT_DIR/train.log" || status=$?
+  if [ "$status" = 2 ] && [ "${#made[@]}" -gt 0 ]; then  # a mistake in the flags: leave nothing behind
+    rm -f "$OUTPUT_DIR/train.log"
+    rmdir "${made[@]}" 2>/dev/null || true
+  fi
+  return "$status"
+}
