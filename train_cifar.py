@@ -9,7 +9,6 @@ bash train_NAONet_A_36_cifar10.sh and its neighbours are the published settings.
 
 from functools import partial
 
-import architecture
 import datasets
 import utils
 from model import NASNetworkCIFAR
@@ -33,7 +32,7 @@ def parse_args() -> 'utils.argparse.Namespace':
 def main() -> None:
     """Train or test, as --mode says."""
     args = parse_args()
-    arch = architecture.read(args.fixed_arc, args.arc_index, args.nodes)
+    arch = utils.read_architecture(args)
     run = utils.Run(args)
     test_set = datasets.load(args.dataset, args.data, train=False, device=run.device)
     test_batches = datasets.EvalBatches(test_set, args.eval_batch_size)

@@ -112,11 +112,7 @@ class Search:
     def __init__(self, args: argparse.Namespace, run: utils.Run):
         self.args, self.run = args, run
         self.vocabulary = architecture.vocabulary(args.child_nodes, 'small')
-        self.pool = (
-            architecture.read_pool(args.child_arch_pool, args.child_nodes, self.vocabulary.operations)
-            if args.child_arch_pool else
-            architecture.sample(args.controller_seed_arch, args.child_nodes, self.vocabulary.operations,
-                                run.generators['search']))
+        self.pool = self.first_pool()
         data = datasets.load(args.dataset, args.data, train=True, device=run.device)
         split = int(0.9 * len(data))
         self.train_set, self.valid_set = data.select(range(split)), data.select(range(split, len(data)))
@@ -136,6 +132,17 @@ class Search:
         self.accuracies: list[float] = []
         self.ranked: list[tuple[float, str]] = []
         self.clock = utils.Clock(0, 1)
+
+    def first_pool(self) -> list[Architecture]:
+        """The pool file that the user names, or random architectures."""
+        args, operations = self.args, self.vocabulary.operations
+        if not args.child_arch_pool:
+            return architecture.sample(args.controller_seed_arch, args.child_nodes, operations,
+                                       self.run.generators['search'])
+        try:
+            return architecture.read_pool(args.child_arch_pool, args.child_nodes, operations)
+        except architecture.ArchitectureError as error:
+            raise utils.UserError(f'--child_arch_pool: {error}') from None
 
     @property
     def checkpoint(self) -> Path:

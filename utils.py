@@ -91,7 +91,7 @@ def run_program(main: Callable[[], None]) -> None:
     program = Path(sys.argv[0]).name
     try:
         main()
-    except (UserError, DataError, architecture.ArchitectureError) as error:
+    except (UserError, DataError) as error:
         status, line = 2, f'{program}: error: {error}'
     except NotFiniteError as error:
         status, line = 1, f'{program}: stopped: {error}'
@@ -457,6 +457,14 @@ def parse_training_arguments(parser: Parser) -> argparse.Namespace:
     if not args.fixed_arc:
         raise UserError('--fixed_arc is missing: a line of integers, or the path of an arch_pool file')
     return args
+
+
+def read_architecture(args: argparse.Namespace) -> architecture.Architecture:
+    """The architecture that --fixed_arc and --arc_index name; raises UserError."""
+    try:
+        return architecture.read(args.fixed_arc, args.arc_index, args.nodes)
+    except architecture.ArchitectureError as error:
+        raise UserError(f'--fixed_arc: {error}') from None
 
 
 def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Iterable) -> dict[str, float]:
