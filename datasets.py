@@ -131,30 +131,44 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.mul_(1 / (255 * std)).sub_(mean / std)
 
 
-def crop_and_flip(padded: Tensor, chosen: Tensor, size: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """A random size×size window of each chosen image, mirrored with probability 1/2 if `flip`: uint8 (batch, 3, size, size).
+class Draws(NamedTuple):
+    """The random numbers of a batch's augmentation, each (batch,): window, mirroring and centre of the hole."""
 
-    padded: (count, 3, h, w); chosen: (batch,) indices. As torchvision's RandomCrop with padding, RandomHorizontalFlip.
+    top: Tensor
+    left: Tensor
+    mirrored: Tensor
+    hole_y: Tensor
+    hole_x: Tensor
+
+    def part(self, first: int, last: int) -> 'Draws':
+        """The draws of the images first..last-1."""
+        return Draws(*(draw[first:last] for draw in self))
+
+
+def draw_augmentation(batch: int, size: int, generator: torch.Generator) -> Draws:
+    """Draw for `batch` images of size×size pixels: uniform windows and holes, mirrored with probability 1/2."""
+    places = 2 * CROP_PADDING + 1
+    limits = torch.tensor([places, places, 2, size, size]).unsqueeze(1)
+    draws = torch.rand((5, batch), generator=generator, device=generator.device)
+    return Draws(*(draws * limits.to(generator.device, non_blocking=True)).long())
+
+
+def crop_and_flip(padded: Tensor, chosen: Tensor, size: int, draws: Draws, flip: bool) -> Tensor:
+    """A size×size window of each chosen image, mirrored where drawn if `flip`: uint8 (batch, 3, size, size).
+
+    padded: (count, 3, h, w); chosen: (batch,) indices. As torchvision's RandomCrop with padding and RandomHorizontalFlip.
     """
     windows = padded.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
-    batch, places = len(chosen), windows.shape[1]
-    top, left = torch.randint(places, (2, batch), generator=generator, device=padded.device)
-    images = windows[chosen, top, left]
-    if not flip:
-        return images
-    mirrored = torch.rand((batch, 1, 1, 1), generator=generator, device=padded.device) < 0.5
-    return torch.where(mirrored, images.flip(3), images)
+    images = windows[chosen, draws.top, draws.left]
+    return torch.where(draws.mirrored.bool()[:, None, None, None], images.flip(3), images) if flip else images
 
 
-def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Zero a size×size square around a random pixel of each image, clipped at the border (arXiv:1708.04552)."""
-    batch, _, height, width = images.shape
-
-    def inside(length: int) -> Tensor:
-        centre = torch.randint(length, (batch, 1), generator=generator, device=images.device)
-        pixels = torch.arange(length, device=images.device)
-        return (pixels >= centre - size // 2) & (pixels < centre + size // 2)
-    hole = inside(height)[:, None, :, None] & inside(width)[:, None, None, :]
+def cutout(images: Tensor, size: int, draws: Draws) -> Tensor:
+    """Zero a size×size square around the drawn pixel of each image, clipped at the border (arXiv:1708.04552)."""
+    def inside(length: int, centre: Tensor) -> Tensor:
+        pixels = torch.arange(length, device=images.device) - centre.unsqueeze(1)
+        return (pixels >= -(size // 2)) & (pixels < size // 2)
+    hole = inside(images.shape[2], draws.hole_y)[:, None, :, None] & inside(images.shape[3], draws.hole_x)[:, None, None, :]
     return images.masked_fill(hole, 0)
 
 
@@ -194,13 +208,13 @@ class TrainBatches:
         data = self.data
         order = torch.randperm(len(data), generator=self.generator, device=data.labels.device)
         for start, stop in self.bounds:
-            chosen = order[start:stop]
-            images = crop_and_flip(data.images, chosen, data.size, data.flip, self.generator)
-            images = normalise(images, data.mean, data.std)
-            if self.cutout_size:
-                images = cutout(images, self.cutout_size, self.generator)
+            draws = draw_augmentation(stop - start, data.size, self.generator)
             first, last = share_of(0, stop - start, self.rank, self.world)
-            yield images[first:last], data.labels[chosen[first:last]], (last - first) * self.world / (stop - start)
+            chosen, draws = order[start + first:start + last], draws.part(first, last)
+            images = normalise(crop_and_flip(data.images, chosen, data.size, draws, data.flip), data.mean, data.std)
+            if self.cutout_size:
+                images = cutout(images, self.cutout_size, draws)
+            yield images, data.labels[chosen], (last - first) * self.world / (stop - start)
 
 
 class EvalBatches:
