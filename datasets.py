@@ -1,13 +1,24 @@
 """Images in, batches out.
 
 CIFAR-10, CIFAR-100 and the embedded digits live whole, as one uint8 tensor, on the training device; crop, flip, normalise
-and cutout are batched tensor operations there. A batch is (images (batch, 3, h, w) float in channels-last layout, labels
-(batch,) int64).
+and cutout are batched tensor operations there. Images of class folders or zips (ImageNet) are decoded and transformed by
+worker processes. A batch is (images (batch, 3, h, w) float in channels-last layout, labels (batch,) int64).
 """
 
 import contextlib
+import copy
+import io
+import itertools
+import math
+import multiprocessing
+import os
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +27,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor
+from torchvision import transforms
 
 CROP_PADDING = 4  # pixels of zeros around an image before a random crop
 DIGITS_FILE = Path(__file__).resolve().parent / 'data' / 'digits' / 'digits.npz'
@@ -148,9 +161,8 @@ class Draws(NamedTuple):
 def draw_augmentation(batch: int, size: int, generator: torch.Generator) -> Draws:
     """Draw for `batch` images of size×size pixels: uniform windows and holes, mirrored with probability 1/2."""
     places = 2 * CROP_PADDING + 1
-    limits = torch.tensor([places, places, 2, size, size]).unsqueeze(1)
     draws = torch.rand((5, batch), generator=generator, device=generator.device)
-    return Draws(*(draws * limits.to(generator.device, non_blocking=True)).long())
+    return Draws(*((row * limit).long() for row, limit in zip(draws, (places, places, 2, size, size), strict=True)))
 
 
 def crop_and_flip(padded: Tensor, chosen: Tensor, size: int, draws: Draws, flip: bool) -> Tensor:
@@ -222,18 +234,250 @@ class EvalBatches:
 
     def __init__(self, data: ImageSet, batch_size: int, rank: int = 0, world: int = 1):
         self.data, self.rank, self.world = data, rank, world
-        self.bounds = batch_bounds(len(data), batch_size, least=1)
+        self.count, self.size = len(data), data.size
+        self.bounds = batch_bounds(self.count, batch_size, least=1)
 
     def __len__(self) -> int:
         return len(self.bounds)
 
-    def images(self, chosen: 'slice | Tensor') -> Tensor:
-        """The images at a slice or tensor of indices, normalised."""
+    def batch(self, chosen: 'slice | Tensor') -> tuple[Tensor, Tensor]:
+        """The images and labels at a slice or tensor of indices."""
         inner = slice(CROP_PADDING, -CROP_PADDING)
-        return normalise(self.data.images[chosen, :, inner, inner], self.data.mean, self.data.std)
+        images = self.data.images[chosen][:, :, inner, inner]
+        return normalise(images, self.data.mean, self.data.std), self.data.labels[chosen]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start, stop in self.bounds:
             mine = slice(*share_of(start, stop, self.rank, self.world))
             if mine.stop > mine.start:
-                yield self.images(mine), self.data.labels[mine]
+                yield self.batch(mine)
+
+
+# ------------------------------------------------------------------------------------------- images in files (ImageNet)
+
+IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
+IMAGE_SIZE = 224  # pixels of a side, after the transforms
+BROKEN_LIMIT = 0.01  # the share of a set's images that may be unreadable
+
+TRAIN_TRANSFORM = transforms.Compose([
+    transforms.RandomResizedCrop(IMAGE_SIZE), transforms.RandomHorizontalFlip(), transforms.ColorJitter(.4, .4, .4, .2),
+    transforms.PILToTensor()])
+EVAL_TRANSFORM = transforms.Compose([
+    transforms.Resize(256), transforms.CenterCrop(IMAGE_SIZE), transforms.PILToTensor()])
+
+
+def find_images(root: Path, part: str, zipped: bool) -> tuple[Path, list[tuple[str, str]]]:
+    """The folder or zip of 'train' or 'valid' (also named val), and its images as sorted (name in it, class) pairs.
+
+    An image's class is the folder that it lies in. Raises DataError.
+    """
+    names = ('valid', 'val') if part == 'valid' else (part,)
+    places = [root / (f'{name}.zip' if zipped else name) for name in names]
+    place = next((place for place in places if place.exists()), None)
+    if place is None:
+        kind = 'a zip' if zipped else 'a folder'
+        raise DataError(f'--data={root}: there is no {" or ".join(place.name for place in places)}; {kind} of images in '
+                        'class folders is needed there')
+    if zipped:
+        try:
+            with zipfile.ZipFile(place) as archive:
+                files = archive.namelist()
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DataError(f'{place}: is not a readable zip file ({error}); copy it anew, or drop --zip_file for folders'
+                            ) from None
+    else:
+        files = [os.path.relpath(os.path.join(folder, name), place)
+                 for folder, _, found in os.walk(place, followlinks=True) for name in found]
+    images = sorted((name, Path(name).parent.name) for name in files
+                    if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and Path(name).parent.name)
+    if not images:
+        raise DataError(f'{place}: has no images in class folders, such as n01440764/name.JPEG')
+    return place, images
+
+
+def available_memory() -> float:
+    """The bytes of memory that a process can still take; infinite where the system does not tell."""
+    try:
+        free = next(int(line.split()[1]) * 1024 for line in Path('/proc/meminfo').read_text().splitlines()
+                    if line.startswith('MemAvailable'))
+        limit, used = (Path('/sys/fs/cgroup') / name for name in ('memory.max', 'memory.current'))
+        if limit.exists() and limit.read_text().strip() != 'max':
+            free = min(free, int(limit.read_text()) - int(used.read_text()))
+        return free
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Images of class folders or of a zip, read when asked for, or held in memory as one buffer of encoded files.
+
+    An item is asked for by (epoch, index) and is (image (3, 224, 224) uint8, label), or the image's name if it cannot be
+    decoded. Random transforms follow from (seed, epoch, index) alone: not from who reads the image, or when.
+    """
+
+    def __init__(self, place: Path, images: list[tuple[str, str]], classes: list[str], transform: Callable, seed: int):
+        index_of = {name: index for index, name in enumerate(classes)}
+        unknown = sorted({name for _, name in images} - index_of.keys())
+        if unknown:
+            raise DataError(f'{place}: the class {unknown[0]} is not among those of the training images'
+                            + (f', nor are {len(unknown) - 1} more' if unknown[1:] else ''))
+        self.place, self.names = place, [name for name, _ in images]
+        self.labels = [index_of[name] for _, name in images]
+        self.transform, self.seed = transform, seed
+        self.buffer, self.offsets = None, None
+        self.archives: dict[int, zipfile.ZipFile] = {}  # process and thread -> its own open zip
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def evaluated(self) -> 'ImageFiles':
+        """The same images (and the same memory) with the transform of evaluation."""
+        other = copy.copy(self)
+        other.transform, other.archives = EVAL_TRANSFORM, {}
+        return other
+
+    def read(self, index: int) -> bytes:
+        """The encoded file."""
+        if self.buffer is not None:
+            return self.buffer[self.offsets[index]:self.offsets[index + 1]].numpy().tobytes()
+        if self.place.suffix != '.zip':
+            return (self.place / self.names[index]).read_bytes()
+        reader = hash((os.getpid(), threading.get_ident()))
+        if reader not in self.archives:
+            self.archives[reader] = zipfile.ZipFile(self.place)
+        return self.archives[reader].read(self.names[index])
+
+    def sizes(self) -> list[int]:
+        """The bytes of each encoded file."""
+        if self.place.suffix != '.zip':
+            return [(self.place / name).stat().st_size for name in self.names]
+        with zipfile.ZipFile(self.place) as archive:
+            return [archive.getinfo(name).file_size for name in self.names]
+
+    def hold(self, processes: int, show: bool) -> None:
+        """Read all files into one buffer, in parallel; if it does not fit into the memory, say so and stay lazy.
+
+        processes: how many on this machine hold it; show: whether to print a progress bar.
+        """
+        offsets = torch.tensor([0, *self.sizes()]).cumsum(0)
+        needed, free = int(offsets[-1]), available_memory() / processes
+        if needed > 0.9 * free:
+            if show:
+                print(f'{self.place}: {needed / 2**30:.1f} GiB do not fit into the {free / 2**30:.1f} GiB of memory that are '
+                      'free; reading lazily', file=sys.stderr, flush=True)
+            return
+        buffer = torch.empty(needed, dtype=torch.uint8)
+        if multiprocessing.get_start_method() != 'fork':
+            buffer.share_memory_()  # forked workers share it anyway
+        done = itertools.count(1)
+
+        def fill(index: int) -> None:
+            data = self.read(index)
+            buffer[int(offsets[index]):int(offsets[index + 1])] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            count = next(done)
+            if show and (count == len(self) or (sys.stderr.isatty() and count % 1000 == 0)):
+                print(f'\r{self.place}: {count}/{len(self)} files in memory', end='\n' if count == len(self) else '',
+                      file=sys.stderr, flush=True)
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(fill, range(len(self))))
+        self.archives.clear()
+        self.buffer, self.offsets = buffer, offsets.tolist()
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
+        epoch, index = key
+        try:
+            image = Image.open(io.BytesIO(self.read(index))).convert('RGB')
+        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError):
+            return f'{self.place / self.names[index]}'
+        if self.transform is EVAL_TRANSFORM:
+            return self.transform(image), self.labels[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f'{self.seed} {epoch} {index}'.encode()))
+            return self.transform(image), self.labels[index]
+
+
+def collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+    """Images (batch, 3, h, w) uint8 and labels (batch,) of what could be decoded, and the names of the rest."""
+    broken = [item for item in items if isinstance(item, str)]
+    good = [item for item in items if not isinstance(item, str)]
+    if not good:
+        return torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.empty(0, dtype=torch.long), broken
+    return torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), broken
+
+
+class FileBatches:
+    """Batches of an ImageFiles, decoded and transformed by worker processes, normalised on the device.
+
+    Shuffled when it has a generator (then it yields (images, labels, weight) as TrainBatches does), else in order (then
+    (images, labels)). An image that cannot be decoded is named in one warning and left out; DataError if more than 1 % are.
+    """
+
+    size = IMAGE_SIZE
+
+    def __init__(self, files: ImageFiles, batch_size: int, device: torch.device, workers: int,
+                 indices: Sequence[int] | None = None, generator: torch.Generator | None = None, rank: int = 0, world: int = 1):
+        self.files, self.device, self.generator, self.rank, self.world = files, device, generator, rank, world
+        self.indices, self.broken = torch.arange(len(files)) if indices is None else torch.as_tensor(indices), set()
+        self.count = len(self.indices)
+        self.bounds = batch_bounds(self.count, batch_size, 2 * world if generator else 1)
+        self.keys: list[list[tuple[int, int]]] = []  # what the loader reads in this epoch, batch by batch
+        self.loader = torch.utils.data.DataLoader(
+            files, batch_sampler=self.keys, num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda',
+            persistent_workers=workers > 0)
+        self.mean, self.std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def to_device(self, images: Tensor, labels: Tensor, broken: list[str]) -> tuple[Tensor, Tensor]:
+        """Normalised images and labels on the device; warns of images that are broken."""
+        for name in broken:
+            if name not in self.broken:
+                self.broken.add(name)
+                print(f'warning: {name}: is broken or cut off; left out', file=sys.stderr, flush=True)
+        if len(self.broken) > BROKEN_LIMIT * self.count:
+            raise DataError(f'{self.files.place}: {len(self.broken)} of {self.count} images cannot be decoded, more than '
+                            f'{BROKEN_LIMIT:.0%}; copy the data anew')
+        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+        return normalise(images, self.mean, self.std), labels
+
+    def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The images and labels at the positions `chosen` (batch,), in that order."""
+        keys = [(0, index) for index in self.indices[chosen.cpu()].tolist()]
+        with ThreadPoolExecutor() as pool:
+            return self.to_device(*collate(list(pool.map(self.files.__getitem__, keys))))
+
+    def __iter__(self) -> Iterator[tuple]:
+        epoch, order = 0, self.indices
+        if self.generator:
+            epoch = int(torch.randint(2 ** 31, (), generator=self.generator, device=self.generator.device))
+            order = order[torch.randperm(self.count, generator=self.generator, device=self.generator.device).cpu()]
+        shares = [share_of(start, stop, self.rank, self.world) for start, stop in self.bounds]
+        if not self.generator:
+            shares = [(first, last) for first, last in shares if last > first]
+        self.keys[:] = [[(epoch, index) for index in order[first:last].tolist()] for first, last in shares]
+        for (start, stop), read in zip(self.bounds, self.loader, strict=False):
+            images, labels = self.to_device(*read)
+            good = len(labels)
+            if self.generator:
+                if good < 2:  # batch-norm cannot train on less: a lone image counts once, none counts nothing
+                    images = images.repeat(2, 1, 1, 1) if good else images.new_zeros(2, *images.shape[1:])
+                    labels = labels.repeat(2) if good else labels.new_zeros(2)
+                yield images, labels, good * self.world / (stop - start)
+            elif good:
+                yield images, labels
+
+
+def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, processes: int = 1,
+               show: bool = True) -> tuple[ImageFiles, ImageFiles, list[str]]:
+    """The training and the validation images below `root`, and the names of the classes. Raises DataError.
+
+    zipped: read train.zip and valid.zip; lazy: do not hold the files in memory; processes: how many on this machine do.
+    """
+    train, valid = (find_images(Path(root), part, zipped) for part in ('train', 'valid'))
+    classes = sorted({name for _, name in train[1]})
+    sets = (ImageFiles(*train, classes, TRAIN_TRANSFORM, seed), ImageFiles(*valid, classes, EVAL_TRANSFORM, seed))
+    for files in sets:
+        if not lazy:
+            files.hold(processes, show)
+    return *sets, classes

@@ -34,8 +34,9 @@ def main() -> None:
     args = parse_args()
     arch = utils.read_architecture(args)
     run = utils.Run(args)
-    test_set = datasets.load(args.dataset, args.data, train=False, device=run.device)
-    test_batches = datasets.EvalBatches(test_set, args.eval_batch_size)
+    test_set, train_set = (run.first_alone(partial(datasets.load, args.dataset, args.data, train, run.device))
+                           for train in (False, True))
+    test_batches = datasets.EvalBatches(test_set, args.eval_batch_size, run.rank, run.world)
 
     def build(use_aux_head: bool, steps: int = 1) -> NASNetworkCIFAR:
         return NASNetworkCIFAR(datasets.SOURCES[args.dataset].classes, args.layers, args.nodes, args.channels,
@@ -43,10 +44,10 @@ def main() -> None:
     if args.mode == 'test':
         utils.test_network(run, build, test_batches)
         return
-    train_set = datasets.load(args.dataset, args.data, train=True, device=run.device)
-    train_batches = datasets.TrainBatches(train_set, args.batch_size, run.generators['data'], args.cutout_size)
+    train_batches = datasets.TrainBatches(train_set, args.batch_size, run.generators['data'], args.cutout_size, run.rank,
+                                          run.world)
     utils.train_network(run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, test_batches,
-                        l2_reg=args.l2_reg, image_size=test_set.size, epochs=args.epochs, grad_bound=args.grad_bound,
+                        l2_reg=args.l2_reg, epochs=args.epochs, grad_bound=args.grad_bound,
                         lr=partial(utils.cosine, epochs=args.epochs, lr_max=args.lr_max, lr_min=args.lr_min))
 
 

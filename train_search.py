@@ -12,9 +12,12 @@ A round is a few phases, and the checkpoint says which comes next:
 
 import argparse
 import json
+import math
+import os
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,9 +26,11 @@ import controller
 import datasets
 import utils
 from architecture import Architecture
-from model import NASNetworkCIFAR
-from model_search import NASWSNetworkCIFAR
+from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet
+from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet, Supernet
 
+TRAIN_SHARE = 0.9  # of the training images; the rest validates
+IMAGENET_RANK_STEPS = 500  # of training one of the best from scratch on ImageNet
 SEEDS_OF_NEW = 100  # the best architectures, from which the controller ascends
 LAMBDAS = range(1, 51)  # step sizes of the ascent, until there are enough new architectures
 RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB = 0.6, 0.8  # of the final trainings from scratch
@@ -47,7 +52,9 @@ def parse_args() -> argparse.Namespace:
     """The program's flags."""
     parser = utils.Parser('Search for an architecture by NAO-WS.')
     utils.add_run_arguments(parser, output_dir='exp/search_cifar10')
-    parser.add_argument('--dataset', choices=datasets.SOURCES, default='cifar10')
+    parser.add_argument('--dataset', choices=[*datasets.SOURCES, 'imagenet'], default='cifar10',
+                        help='imagenet: any folder of images in class folders, see --data')
+    utils.add_file_arguments(parser)
     group = parser.add_argument_group('child: the weight-sharing network')
     for name, kind, default, text in (
             ('batch_size', utils.POSITIVE_INT, 64, 'images per step'),
@@ -60,6 +67,10 @@ def parse_args() -> argparse.Namespace:
             ('grad_bound', utils.POSITIVE, 5.0, 'gradients are clipped to this norm'),
             ('lr_max', utils.POSITIVE, 0.025, 'learning rate of the first epoch'),
             ('lr_min', utils.NOT_NEGATIVE, 0.001, 'learning rate that the cosine ends at'),
+            ('lr', utils.POSITIVE, 0.1, 'imagenet: learning rate of the first epoch'),
+            ('gamma', utils.POSITIVE, 0.97, 'imagenet: factor of the learning rate'),
+            ('decay_period', utils.POSITIVE_INT, 1, 'imagenet: epochs between two such factors'),
+            ('label_smooth', utils.FRACTION, 0.1, 'imagenet: share of a label given to all classes'),
             ('keep_prob', utils.KEEP, 1.0, '1 - dropout before the classifier'),
             ('drop_path_keep_prob', utils.KEEP, 0.9, '1 - drop path of the last cell at the end'),
             ('l2_reg', utils.NOT_NEGATIVE, 3e-4, 'weight decay'),
@@ -106,6 +117,52 @@ def write_lines(path: Path, lines: list) -> None:
     temporary.replace(path)
 
 
+class Task(NamedTuple):
+    """What a data set brings to a search."""
+
+    classes: int
+    supernet: type[Supernet]
+    network: type[FixedNetwork]
+    train_batches: Callable[[], Iterable]  # makes batches of the training split, drawn from the run's generators
+    valid_batches: Iterable
+    lr: Callable[[int], float]  # epoch, from 0 -> the supernet's learning rate
+    label_smooth: float
+    rank_options: dict[str, Any]  # of utils.fit, for training one of the best from scratch
+
+
+def open_small_images(args: argparse.Namespace, run: utils.Run) -> Task:
+    """CIFAR or digits: the first 90 % of the training images train, the rest validates."""
+    data = run.first_alone(partial(datasets.load, args.dataset, args.data, True, run.device))
+    split = int(TRAIN_SHARE * len(data))
+    rates = {'lr_max': args.child_lr_max, 'lr_min': args.child_lr_min}
+    return Task(
+        datasets.SOURCES[args.dataset].classes, NASWSNetworkCIFAR, NASNetworkCIFAR,
+        partial(datasets.TrainBatches, data.select(range(split)), args.child_batch_size, run.generators['data'],
+                args.child_cutout_size, run.rank, run.world),
+        datasets.EvalBatches(data.select(range(split, len(data))), args.child_eval_batch_size, run.rank, run.world),
+        partial(utils.cosine, epochs=args.child_epochs, **rates), 0.0,
+        {'epochs': args.child_rank_epochs, 'lr': partial(utils.cosine, epochs=args.child_rank_epochs, **rates)})
+
+
+def open_imagenet(args: argparse.Namespace, run: utils.Run) -> Task:
+    """ImageNet or another folder of images: a random 90 % of the training images train, the rest validates."""
+    local_world = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    train_files, _, classes = datasets.open_files(args.data, args.zip_file, args.lazy_load, args.seed, local_world,
+                                                  run.is_first)
+    order = torch.randperm(len(train_files), generator=torch.Generator().manual_seed(args.seed))
+    split = int(TRAIN_SHARE * len(order))
+    train_batches = partial(datasets.FileBatches, train_files, args.child_batch_size, run.device, args.workers, order[:split],
+                            run.generators['data'], run.rank, run.world)
+    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.batch_bounds(split, args.child_batch_size, 2 * run.world)))
+    return Task(
+        len(classes), NASWSNetworkImageNet, NASNetworkImageNet, train_batches,
+        datasets.FileBatches(train_files.evaluated(), args.child_eval_batch_size, run.device, args.workers, order[split:],
+                             rank=run.rank, world=run.world),
+        partial(utils.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),
+        args.child_label_smooth,
+        {'epochs': epochs, 'lr': lambda epoch: args.child_lr, 'max_steps': math.ceil(IMAGENET_RANK_STEPS / epochs)})
+
+
 class Search:
     """A search's state, and a method for each of its phases; a method ends by saying which phase comes next."""
 
@@ -113,14 +170,10 @@ class Search:
         self.args, self.run = args, run
         self.vocabulary = architecture.vocabulary(args.child_nodes, 'small')
         self.pool = self.first_pool()
-        data = datasets.load(args.dataset, args.data, train=True, device=run.device)
-        split = int(0.9 * len(data))
-        self.train_set, self.valid_set = data.select(range(split)), data.select(range(split, len(data)))
-        self.batches = datasets.TrainBatches(self.train_set, args.child_batch_size, run.generators['data'],
-                                             args.child_cutout_size)
-        self.classes = datasets.SOURCES[args.dataset].classes
-        self.supernet = run.place(NASWSNetworkCIFAR(
-            self.classes, args.child_layers, args.child_nodes, args.child_channels, args.child_keep_prob,
+        self.task = (open_imagenet if args.dataset == 'imagenet' else open_small_images)(args, run)
+        self.batches = self.task.train_batches()
+        self.supernet = run.place(self.task.supernet(
+            self.task.classes, args.child_layers, args.child_nodes, args.child_channels, args.child_keep_prob,
             args.child_drop_path_keep_prob, args.child_use_aux_head, args.child_epochs * len(self.batches)))
         self.optimizer = utils.sgd(self.supernet.parameters(), args.child_l2_reg)
         sizes = {name: getattr(args, f'controller_{name}') for name in (
@@ -129,6 +182,7 @@ class Search:
         allowed = self.vocabulary.allowed_tokens
         self.nao = controller.NAO(allowed, self.vocabulary.size, len(allowed) // 2, **sizes).to(run.device)
         self.epoch, self.step, self.phase = 0, 0, 'train'
+        self.parallel, self.resumed = self.supernet, None
         self.accuracies: list[float] = []
         self.ranked: list[tuple[float, str]] = []
         self.clock = utils.Clock(0, 1)
@@ -150,8 +204,10 @@ class Search:
         return self.run.output_dir / 'checkpoint.pt'
 
     def load(self) -> None:
-        """Go on from the checkpoint."""
-        state = utils.load_checkpoint(self.checkpoint)
+        """Go on from the checkpoint in the output directory, if there is one."""
+        state = self.run.together(lambda: utils.load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None)
+        if state is None:
+            return
         if 'phase' not in state:
             raise utils.UserError(f'{self.checkpoint} is not the checkpoint of a search; name another --output_dir')
         utils.load_model(self.supernet, state['model'], self.checkpoint)
@@ -160,7 +216,7 @@ class Search:
         self.pool = [architecture.parse(line) for line in state['pool']]
         for name in ('epoch', 'step', 'phase', 'accuracies', 'ranked'):
             setattr(self, name, state[name])
-        self.run.resume(state, f'epoch {self.epoch}, next: {self.phase}')
+        self.resumed = {name: state[name] for name in ('args', 'random', 'metrics_bytes')}
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -171,10 +227,12 @@ class Search:
         paths = [self.checkpoint]
         if self.phase in ('train', 'score') and self.args.save_every and self.epoch % self.args.save_every == 0:
             paths.insert(0, self.run.output_dir / f'checkpoint_{self.epoch}.pt')
-        utils.save_checkpoint(state, *paths)
+        utils.save_checkpoint(self.run, state, *paths)
 
     def write_pool(self, suffix: str, pool: list, accuracies: list[float] | None = None) -> None:
         """Write arch_pool{suffix}, and arch_pool.perf{suffix} where there are accuracies."""
+        if not self.run.is_first:
+            return
         write_lines(self.run.output_dir / f'arch_pool{suffix}', pool)
         if accuracies is not None:
             write_lines(self.run.output_dir / f'arch_pool.perf{suffix}', accuracies)
@@ -188,15 +246,16 @@ class Search:
         """One epoch of the supernet, each step on an architecture drawn uniformly from the pool."""
         args = self.args
         self.supernet.train()
+        chosen = iter(torch.randint(len(self.pool), (len(self.batches),), generator=self.run.generators['search']).tolist())
 
         def forward(images: torch.Tensor, step: int) -> tuple:
-            chosen = int(torch.randint(len(self.pool), (), generator=self.run.generators['search']))
-            return self.supernet(images, self.pool[chosen], step)
-        rate = utils.cosine(self.epoch, args.child_epochs, args.child_lr_max, args.child_lr_min)
+            return self.parallel(images, self.pool[next(chosen)], step)
+        rate = self.task.lr(self.epoch)
         title = f'epoch {self.epoch + 1}/{args.child_epochs}'
         values, self.step = utils.train_epoch(
             self.run, forward, self.optimizer, self.batches, title=title, lr=rate, step=self.step, clock=self.clock,
-            grad_bound=args.child_grad_bound)
+            grad_bound=args.child_grad_bound, label_smooth=self.task.label_smooth)
+        self.run.average_statistics(self.supernet)
         self.epoch += 1
         self.run.log(f'{title} train {utils.describe(values)} lr {rate:.3g} left {self.clock.left(self.step)}')
         self.run.write_metrics(kind='epoch', epoch=self.epoch, step=self.step, lr=rate, train=values)
@@ -204,19 +263,21 @@ class Search:
 
     @torch.no_grad()
     def score(self) -> None:
-        """Score the pool, all on one validation batch with batch statistics, and sort it, best first."""
-        batches = datasets.EvalBatches(self.valid_set, self.args.child_eval_batch_size)
-        chosen = torch.randperm(len(self.valid_set), generator=self.run.generators['search'])
-        chosen = chosen[:self.args.child_eval_batch_size].to(self.run.device)
-        images, labels = batches.images(chosen), self.valid_set.labels[chosen]
+        """Score the pool, all on one validation batch with batch statistics, and sort it, best first.
+
+        Of several processes each scores its share of the pool.
+        """
+        run, batches = self.run, self.task.valid_batches
+        chosen = torch.randperm(batches.count, generator=run.generators['search'])[:self.args.child_eval_batch_size]
+        images, labels = batches.batch(chosen.to(run.device))
         self.supernet.eval()
-        right = []
-        for done, arch in enumerate(self.pool, start=1):
-            logits, _ = self.supernet(images, arch, bn_train=True)
-            right.append((logits.argmax(1) == labels).sum())
-            if done % utils.LOG_EVERY == 0:
-                self.run.log(f'scored {done}/{len(self.pool)} architectures')
-        accuracies = [count / len(labels) for count in torch.stack(right).tolist()]
+        right = torch.zeros(len(self.pool), device=run.device)
+        for index in range(run.rank, len(self.pool), run.world):
+            logits, _ = self.supernet(images, self.pool[index], bn_train=True)
+            right[index] = (logits.argmax(1) == labels).sum()
+            if (index + 1) % utils.LOG_EVERY == 0:
+                run.log(f'scored {index + 1}/{len(self.pool)} architectures')
+        accuracies = [count / len(labels) for count in run.sum(right).tolist()]
         order = sorted(range(len(self.pool)), key=lambda index: -accuracies[index])
         self.pool, self.accuracies = [self.pool[i] for i in order], [accuracies[i] for i in order]
         for suffix in (f'.{self.epoch}', ''):
@@ -251,14 +312,15 @@ class Search:
             self.nao, sequences, targets, epochs=args.controller_epochs, batch_size=args.controller_batch_size,
             lr=args.controller_lr, l2_reg=args.controller_l2_reg, trade_off=args.controller_trade_off,
             grad_bound=args.controller_grad_bound, generator=generator, augment=augment, held_out=held_out, report=report)
+        self.run.broadcast(self.nao)
         self.run.write_metrics(kind='controller', search_epoch=self.epoch, **values)
         self.phase = 'propose'
 
     def propose(self) -> None:
         """Let the controller write new architectures in place of the worst."""
-        new, per_lambda = controller.new_architectures(
+        new, per_lambda = self.run.together(lambda: controller.new_architectures(
             self.nao, self.tokens(self.pool[:SEEDS_OF_NEW]), [self.vocabulary.encode(arch) for arch in self.pool],
-            min(self.args.controller_new_arch, len(self.pool)), LAMBDAS)
+            min(self.args.controller_new_arch, len(self.pool)), LAMBDAS))
         self.pool = self.pool[:len(self.pool) - len(new)] + [self.vocabulary.decode(tokens) for tokens in new]
         self.write_pool('', self.pool)
         self.run.log(f'{len(new)} new architectures, per λ: {per_lambda}')
@@ -283,22 +345,21 @@ class Search:
 
         All draws follow from --seed and the architecture, so that order and interruptions make no difference.
         """
-        args, run = self.args, self.run
+        args, run, task = self.args, self.run, self.task
         run.reseed(str(arch))
-        batches = datasets.TrainBatches(self.train_set, args.child_batch_size, run.generators['data'],
-                                        args.child_cutout_size)
-        network = run.place(NASNetworkCIFAR(
-            self.classes, args.child_layers, args.child_nodes, args.child_channels, RANK_KEEP_PROB,
-            RANK_DROP_PATH_KEEP_PROB, True, args.child_rank_epochs * len(batches), arch))
-        values = utils.fit(
-            run, network, utils.sgd(network.parameters(), args.child_l2_reg), batches,
-            datasets.EvalBatches(self.valid_set, args.child_eval_batch_size), epochs=args.child_rank_epochs,
-            lr=partial(utils.cosine, epochs=args.child_rank_epochs, lr_max=args.child_lr_max, lr_min=args.child_lr_min),
-            title=title, grad_bound=args.child_grad_bound)
+        batches, epochs = task.train_batches(), task.rank_options['epochs']
+        steps = epochs * min(len(batches), task.rank_options.get('max_steps', len(batches)))
+        network = run.place(task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels,
+                                         RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB, True, steps, arch))
+        values = utils.fit(run, network, utils.sgd(network.parameters(), args.child_l2_reg), batches, task.valid_batches,
+                           title=title, grad_bound=args.child_grad_bound, label_smooth=task.label_smooth, **task.rank_options)
         return values['top1'] / 100
 
     def search(self) -> None:
         """Run phase after phase to the end, with a checkpoint after each."""
+        self.parallel = self.run.parallel(self.supernet, shares_weights=True)
+        if self.resumed:
+            self.run.resume(self.resumed, f'epoch {self.epoch}, next: {self.phase}')
         self.clock = utils.Clock(self.step, self.args.child_epochs * len(self.batches))
         phases: dict[str, Any] = {'train': self.train, 'score': self.score, 'fit': self.fit, 'propose': self.propose,
                                   'rank': self.rank}
@@ -312,14 +373,13 @@ def main() -> None:
     args = parse_args()
     run = utils.Run(args)
     search = Search(args, run)
-    if search.checkpoint.exists():
-        search.load()
+    search.load()
     run.open_output()
-    run.log_start(search.supernet, utils.count_madds(search.supernet, search.train_set.size, search.pool[0]))
+    run.log_start(search.supernet, utils.count_madds(search.supernet, search.task.valid_batches.size, search.pool[0]))
     search.search()
-    best = (run.output_dir / 'arch_pool.final').read_text().splitlines()
-    if best:
-        run.log(f'finished: the best architecture is {best[0]}; all ranked ones are in {run.output_dir / "arch_pool.final"}')
+    if search.ranked:
+        run.log(f'finished: the best architecture is {max(search.ranked)[1]}; the ranked ones are in '
+                f'{run.output_dir / "arch_pool.final"}, best first')
 
 
 if __name__ == '__main__':

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import architecture
@@ -74,10 +76,10 @@ KEEP = number(float, 0, 1, above=True)
 FRACTION = number(float, 0, 1)
 
 
-def add_run_arguments(parser: Parser, output_dir: str) -> None:
+def add_run_arguments(parser: Parser, output_dir: str, data: str = 'data') -> None:
     """The flags of every program: where it runs, where it writes, the seed."""
     group = parser.add_argument_group('run')
-    group.add_argument('--data', default='data', help='directory of the data set')
+    group.add_argument('--data', default=data, help='directory of the data set')
     group.add_argument('--output_dir', default=output_dir, help='directory of checkpoints and metrics.jsonl; a run that '
                        'finds its checkpoint.pt there goes on from it')
     group.add_argument('--device', help='cpu, cuda, cuda:N or mps; None: CUDA if there is one, else MPS, else the CPU')
@@ -99,23 +101,31 @@ def run_program(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         status, line = 130, f'{program}: interrupted; the same command goes on from the last checkpoint'
     else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
     sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
+    if os.environ.get('LOCAL_RANK', '0') == '0':  # of several processes, one a machine speaks
+        print(line, file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 # ------------------------------------------------------------------------------------------------- device and processes
 
 def choose_device(name: str | None) -> torch.device:
-    """The device a user asks for, or the best one there is; raises UserError if it cannot be used."""
+    """The device a user asks for, or the best one there is; under torchrun each process takes its own GPU.
+
+    Raises UserError if it cannot be used.
+    """
+    local_rank = os.environ.get('LOCAL_RANK', '0')
     if name is None:
         if torch.cuda.is_available():
-            name = 'cuda'
+            name = f'cuda:{local_rank}'
         elif torch.backends.mps.is_available():
             name = 'mps'
         else:
-            print('warning: no GPU found, running on the CPU', file=sys.stderr, flush=True)
+            if local_rank == '0':
+                print('warning: no GPU found, running on the CPU', file=sys.stderr, flush=True)
             name = 'cpu'
     try:
         device = torch.device(name)
@@ -123,6 +133,8 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f'--device={name} cannot be used here ({reason}); use cpu, cuda, cuda:N or mps') from None
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
     return device
 
 
@@ -135,59 +147,114 @@ def default_generator(device: torch.device) -> torch.Generator | None:
 
 
 class Run:
-    """Where a program runs and writes: device, output directory, logs, metrics and all random generators.
+    """Where a program runs and writes: device, process, output directory, logs, metrics and all random generators.
 
-    generators: 'data' (batches, on the device), 'search' (architectures, on the CPU) and the default ones of CPU and
-    device, from which networks draw weights, dropout and drop path.
+    Under torchrun it is process `rank` of `world`. generators: 'data' (batches, on the device) and 'search'
+    (architectures, on the CPU), equal in all processes; 'default' and on a GPU 'device', from which networks draw weights,
+    dropout and drop path, each process its own.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.device = choose_device(args.device)
-        self.rank, self.world = 0, 1
+        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
         self.output_dir = Path(args.output_dir)
-        torch.manual_seed(args.seed)
         self.generators = {'default': torch.default_generator, 'data': torch.Generator(self.device),
                            'search': torch.Generator()}
-        self.generators['data'].manual_seed(args.seed)
-        self.generators['search'].manual_seed(args.seed)
         on_device = default_generator(self.device)
         if on_device is not None and on_device is not torch.default_generator:
             self.generators['device'] = on_device
+        for generator in self.generators.values():
+            generator.manual_seed(args.seed)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that logs and writes."""
+        return self.rank == 0
 
     def log(self, message: str) -> None:
         """Print a line with the time in front."""
-        print(f'{datetime.now():%Y-%m-%d %H:%M:%S} {message}', flush=True)
+        if self.is_first:
+            print(f'{datetime.now():%Y-%m-%d %H:%M:%S} {message}', flush=True)
+
+    def together(self, function: Callable[[], Any]) -> Any:
+        """What the first process's `function` returns, in all of them; its UserError too."""
+        if self.world == 1:
+            return function()
+        result = [None, None]
+        if self.is_first:
+            try:
+                result[0] = function()
+            except (UserError, DataError) as error:
+                result[1] = str(error)
+        dist.broadcast_object_list(result, device=self.device if self.device.type == 'cuda' else None)
+        if result[1] is not None:
+            raise UserError(result[1])
+        return result[0]
+
+    def first_alone(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns, called by the first process alone (it may download) and then by the others."""
+        mine = []
+        self.together(lambda: mine.append(function()))
+        return mine[0] if mine else function()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
 
     def open_output(self) -> None:
         """Create the output directory; raises UserError if nothing can be written there."""
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            probe = self.output_dir / f'.writable-{os.getpid()}'
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); '
-                            'name a directory that you may write to') from None
+        def create() -> None:
+            try:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                probe = self.output_dir / f'.writable-{os.getpid()}'
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); '
+                                'name a directory that you may write to') from None
+        self.together(create)
 
     def write_metrics(self, **values: Any) -> None:
         """Append one JSON object to metrics.jsonl."""
-        with open(self.output_dir / 'metrics.jsonl', 'a') as file:
-            file.write(json.dumps(values) + '\n')
+        if self.is_first:
+            with open(self.output_dir / 'metrics.jsonl', 'a') as file:
+                file.write(json.dumps(values) + '\n')
 
     def state(self) -> dict[str, Any]:
-        """What every checkpoint holds of a run: arguments, random generators, length of metrics.jsonl."""
+        """What every checkpoint holds of a run: arguments, random generators of all processes, length of metrics.jsonl.
+
+        All processes call it together.
+        """
         metrics = self.output_dir / 'metrics.jsonl'
-        return {'args': vars(self.args), 'random': {name: generator.get_state() for name, generator in self.generators.items()},
+        random = [{name: generator.get_state() for name, generator in self.generators.items()}]
+        if self.world > 1:
+            of_all = [None] * self.world
+            dist.all_gather_object(of_all, random[0])
+            random = of_all
+        return {'args': vars(self.args), 'random': random,
                 'metrics_bytes': metrics.stat().st_size if metrics.exists() else 0}
 
     def resume(self, state: dict[str, Any], where: str) -> None:
-        """Go on as a checkpoint's run: its random generators, and metrics.jsonl as it was then; log from where."""
+        """Go on as a checkpoint's run: its random generators, and metrics.jsonl as it was then; log from where.
+
+        With more processes than the checkpoint's run had, the new ones seed their own generators anew.
+        """
+        random = state.get('random') or [{}]
+        shared = ('data', 'search')
         for name, generator in self.generators.items():
-            if name in state.get('random', {}):
-                generator.set_state(state['random'][name])
+            saved = random[self.rank if self.rank < len(random) and name not in shared else 0].get(name)
+            if self.rank < len(random) or name in shared:
+                if saved is not None:
+                    generator.set_state(saved)
+            else:
+                generator.manual_seed(zlib.crc32(repr((self.args.seed, self.rank, where)).encode()))
         metrics = self.output_dir / 'metrics.jsonl'
-        if metrics.exists() and metrics.stat().st_size > state.get('metrics_bytes', math.inf):
+        if self.is_first and metrics.exists() and metrics.stat().st_size > state.get('metrics_bytes', math.inf):
             os.truncate(metrics, state['metrics_bytes'])
         now = vars(self.args)
         changed = [f'--{name}={now[name]} (was {value})' for name, value in state['args'].items()
@@ -196,18 +263,54 @@ class Run:
 
     def reseed(self, *seed: Any) -> None:
         """Seed all generators from --seed and the given values, so that what follows depends on nothing before it."""
-        value = zlib.crc32(repr((self.args.seed, *seed)).encode())
         for generator in self.generators.values():
-            generator.manual_seed(value)
+            generator.manual_seed(zlib.crc32(repr((self.args.seed, *seed)).encode()))
+
+    def part_ways(self) -> None:
+        """Give each process but the first dropout and drop path of its own; call it once all have the same weights."""
+        if not self.is_first:
+            for name in self.generators.keys() - {'data', 'search'}:
+                seed = (self.generators[name].initial_seed(), self.rank)
+                self.generators[name].manual_seed(zlib.crc32(repr(seed).encode()))
 
     def place(self, model: nn.Module) -> nn.Module:
-        """The model on the device, in channels-last layout."""
-        return model.to(self.device, memory_format=torch.channels_last)
+        """The model on the device, in channels-last layout, with the first process's weights."""
+        model = model.to(self.device, memory_format=torch.channels_last)
+        self.broadcast(model)
+        return model
+
+    def broadcast(self, model: nn.Module) -> None:
+        """Give the first process's parameters and buffers to all."""
+        if self.world > 1:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def average_statistics(self, model: nn.Module) -> None:
+        """Average the running statistics of batch-norm, which each process gathers on its own images, over all."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.world
+
+    def parallel(self, model: nn.Module, shares_weights: bool = False) -> nn.Module:
+        """What to train: the model itself, or it over all processes, or over all GPUs of this one.
+
+        shares_weights: a step uses only a part of the parameters.
+        """
+        self.part_ways()
+        if self.world > 1:
+            return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == 'cuda' else None,
+                                           broadcast_buffers=False, find_unused_parameters=shares_weights)
+        if self.device.type == 'cuda' and torch.cuda.device_count() > 1 and self.args.device is None and not shares_weights:
+            return DataParallel(model)
+        return model
 
     def log_start(self, model: nn.Module, madds: int) -> None:
         """Log what a reader wants to know first: device, sizes, arguments."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else f'{torch.get_num_threads()} threads'
-        self.log(f'device {self.device} ({name}), PyTorch {torch.__version__}')
+        processes = f', {self.world} processes' if self.world > 1 else ''
+        self.log(f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}')
         self.log(f'parameters {count_parameters(model):,} (without the auxiliary head), multiply-adds of one image {madds:,}')
         self.log('arguments ' + ' '.join(f'--{key}={value}' for key, value in vars(self.args).items()))
 
@@ -233,11 +336,13 @@ def count_madds(model: nn.Module, image_size: int, *extras: Any) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
-def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
-    """Write a checkpoint to each path: to a temporary file beside it, flushed to the disk, renamed.
+def save_checkpoint(run: Run, state: dict[str, Any], *paths: Path) -> None:
+    """Write a checkpoint to each path (the first process does): to a temporary file beside it, flushed, renamed.
 
     Raises UserError when it cannot be written; what stood at the path then still stands there.
     """
+    if not run.is_first:
+        return
     for path in paths:
         temporary = path.with_name(path.name + '.tmp')
         try:
@@ -298,25 +403,32 @@ def cosine(epoch: int, epochs: int, lr_max: float, lr_min: float) -> float:
     return lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def step_decay(epoch: int, lr: float, gamma: float, decay_period: int) -> float:
+    """The learning rate of an epoch, from 0: lr times gamma for every `decay_period` epochs done."""
+    return lr * gamma ** (epoch // decay_period)
+
+
 class Meter:
     """Sums loss and right answers on the device; nothing is read before `values` is called."""
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
-        self.start, self.images = time.perf_counter(), 0
+    def __init__(self, run: Run):
+        dtype = torch.float32 if run.device.type == 'mps' else torch.float64  # MPS has no double
+        self.run, self.sums = run, torch.zeros(4, device=run.device, dtype=dtype)
+        self.start = time.perf_counter()
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         """Count a batch: logits (batch, classes), labels (batch,), mean loss ()."""
         right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        self.sums += torch.stack([loss * len(labels), right[:, 0].sum(), right.sum()])
-        self.images += len(labels)
+        self.sums[:3] += torch.stack([loss * len(labels), right[:, 0].sum(), right.sum()])
+        self.sums[3] += len(labels)
 
     def values(self) -> dict[str, float]:
-        """Mean loss, top-1 and top-5 accuracy in per cent, images per second; waits for the device."""
-        loss, top1, top5 = (self.sums / self.images).tolist()
-        return {'loss': loss, 'top1': 100 * top1, 'top5': 100 * top5,
-                'images_per_second': self.images / (time.perf_counter() - self.start)}
+        """Mean loss, top-1 and top-5 accuracy in per cent, images per second, of all processes; waits for the device."""
+        loss, top1, top5, images = self.run.sum(self.sums.clone()).tolist()
+        seconds = time.perf_counter() - self.start
+        return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images,
+                'images_per_second': images / seconds}
 
 
 class Clock:
@@ -348,7 +460,7 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
     for group in optimizer.param_groups:
         group['lr'] = lr
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
-    meter, count = Meter(run.device), min(len(batches), max_steps or len(batches))
+    meter, count = Meter(run), min(len(batches), max_steps or len(batches))
 
     def values() -> dict[str, float]:
         now = meter.values()
@@ -379,7 +491,7 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
 def evaluate(run: Run, model: nn.Module, batches: Iterable) -> dict[str, float]:
     """Mean loss, top-1 and top-5 accuracy in per cent of the model in eval mode on `batches`."""
     model.eval()
-    meter = Meter(run.device)
+    meter = Meter(run)
     for images, labels in batches:
         logits, _ = model(images)
         meter.update(logits, labels, F.cross_entropy(logits, labels))
@@ -387,20 +499,25 @@ def evaluate(run: Run, model: nn.Module, batches: Iterable) -> dict[str, float]:
 
 
 def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batches: Iterable, eval_batches: Iterable, *,
-        epochs: int, lr: Callable[[int], float], title: str = '', epoch: int = 0, step: int = 0,
+        epochs: int, lr: Callable[[int], float], title: str = '', state: dict[str, Any] | None = None,
         after_epoch: Callable[[int, int, dict, dict], None] = lambda *values: None, **options: Any) -> dict[str, float]:
-    """Train a network from `epoch` to `epochs` and return the last evaluation's values.
+    """Train a network for `epochs`, on from a checkpoint's `state` if given; return the last evaluation's values.
 
     lr(epoch) is an epoch's learning rate; after_epoch(epochs done, step, training values, evaluation values) is called
     after each; `options` go to train_epoch.
     """
-    clock, evaluation = Clock(step, epochs * len(train_batches)), {}
+    parallel, evaluation = run.parallel(model), {}
+    epoch, step = (state['epoch'], state['step']) if state else (0, 0)
+    if state:
+        run.resume(state, f'epoch {epoch}')
+    clock = Clock(step, epochs * len(train_batches))
     while epoch < epochs:
         model.train()
         rate = lr(epoch)
         name = f'{title}epoch {epoch + 1}/{epochs}'
-        training, step = train_epoch(run, model, optimizer, train_batches, title=name, lr=rate, step=step, clock=clock,
+        training, step = train_epoch(run, parallel, optimizer, train_batches, title=name, lr=rate, step=step, clock=clock,
                                      **options)
+        run.average_statistics(model)
         evaluation = evaluate(run, model, eval_batches)
         epoch += 1
         run.log(f'{name} train {describe(training)} | test {describe(evaluation)} lr {rate:.3g} left {clock.left(step)}')
@@ -414,6 +531,15 @@ def sgd(parameters: Iterable[Tensor], l2_reg: float) -> torch.optim.SGD:
 
 
 # ------------------------------------------------------------------------------- training and testing a found architecture
+
+def add_file_arguments(parser: Parser) -> None:
+    """The flags of reading images from files."""
+    group = parser.add_argument_group('image files')
+    group.add_argument('--zip_file', action='store_true', help='read train.zip and valid.zip instead of folders')
+    group.add_argument('--lazy_load', action='store_true', help='read images when they are needed, not into memory first')
+    group.add_argument('--workers', type=COUNT, default=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+                       else os.cpu_count(), help='processes that decode images')
+
 
 def add_network_arguments(parser: Parser, layers: int, channels: int, keep_prob: float, drop_path: float) -> None:
     """The flags of a fixed architecture's network."""
@@ -475,12 +601,12 @@ def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Ite
     load_model(model, weights, path)
     values = evaluate(run, model, eval_batches)
     run.log(f'{path}: loss {values["loss"]:.4f} top-1 error {100 - values["top1"]:.2f} % '
-            f'top-5 error {100 - values["top5"]:.2f} % on {len(eval_batches.data)} images')
+            f'top-5 error {100 - values["top5"]:.2f} % on {eval_batches.count} images')
     return values
 
 
 def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batches: Iterable, *, l2_reg: float,
-                  image_size: int, **options: Any) -> None:
+                  **options: Any) -> None:
     """Train a network to the end, from checkpoint.pt in the output directory if there is one; `options` go to `fit`.
 
     After each epoch checkpoint.pt, and checkpoint_best.pt if the test accuracy is the best so far, are written, and a line
@@ -488,16 +614,13 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     """
     model, path = run.place(model), run.output_dir / 'checkpoint.pt'
     optimizer = sgd(model.parameters(), l2_reg)
-    state = {'epoch': 0, 'step': 0, 'best_acc_top1': 0.0}
-    if path.exists():
-        state = load_checkpoint(path)
+    state = run.together(lambda: load_checkpoint(path) if path.exists() else None)
+    if state:
         load_model(model, state['model'], path)
         optimizer.load_state_dict(state['optimizer'])
     run.open_output()
-    run.log_start(model, count_madds(model, image_size))
-    if path.exists():
-        run.resume(state, f'epoch {state["epoch"]}')
-    best = state['best_acc_top1']
+    run.log_start(model, count_madds(model, eval_batches.size))
+    best = state['best_acc_top1'] if state else 0.0
 
     def after_epoch(epoch: int, step: int, training: dict, evaluation: dict) -> None:
         nonlocal best
@@ -507,9 +630,8 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
         paths = [run.output_dir / 'checkpoint_best.pt'] * is_best + [path]
         if run.args.save_every and epoch % run.args.save_every == 0:
             paths.insert(0, run.output_dir / f'checkpoint_{epoch}.pt')
-        save_checkpoint(run.state() | {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch,
+        save_checkpoint(run, run.state() | {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch,
                                        'step': step, 'best_acc_top1': best}, *paths)
 
-    fit(run, model, optimizer, train_batches, eval_batches, epoch=state['epoch'], step=state['step'],
-        after_epoch=after_epoch, **options)
+    fit(run, model, optimizer, train_batches, eval_batches, state=state, after_epoch=after_epoch, **options)
     run.log(f'finished: best test top-1 error {100 - best:.2f} %, checkpoints in {run.output_dir}')
