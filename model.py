@@ -44,6 +44,7 @@ def combine_operands(x: Tensor, y: Tensor, masks: Tensor | None) -> Tensor:
     """x + y, each multiplied per sample by its row of `masks` (2, batch, 1, 1, 1): the value of a node."""
     if masks is None:
         return x + y
+    masks = masks.to(x.dtype)  # of mixed precision
     return torch.addcmul(x * masks[0], y, masks[1])
 
 

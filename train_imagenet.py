@@ -47,7 +47,7 @@ def main() -> None:
               f'which is --lr={LR_PER_IMAGE * args.batch_size:g}', file=sys.stderr, flush=True)
     local_world = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     train_files, valid_files, classes = datasets.open_files(
-        args.data, args.zip_file, args.lazy_load, args.seed, local_world, run.is_first)
+        args.data, args.zip_file, args.lazy_load or args.mode == 'test', args.seed, local_world, run.is_first)
     valid_batches = datasets.FileBatches(valid_files, args.eval_batch_size, run.device, args.workers, rank=run.rank,
                                          world=run.world)
 

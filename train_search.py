@@ -175,7 +175,7 @@ class Search:
         self.supernet = run.place(self.task.supernet(
             self.task.classes, args.child_layers, args.child_nodes, args.child_channels, args.child_keep_prob,
             args.child_drop_path_keep_prob, args.child_use_aux_head, args.child_epochs * len(self.batches)))
-        self.optimizer = utils.sgd(self.supernet.parameters(), args.child_l2_reg)
+        self.optimizer = utils.sgd(run, self.supernet, args.child_l2_reg)
         sizes = {name: getattr(args, f'controller_{name}') for name in (
             'encoder_layers', 'encoder_hidden_size', 'encoder_emb_size', 'encoder_dropout', 'mlp_layers',
             'mlp_hidden_size', 'mlp_dropout', 'decoder_layers', 'decoder_hidden_size', 'decoder_dropout')}
@@ -212,11 +212,11 @@ class Search:
             raise utils.UserError(f'{self.checkpoint} is not the checkpoint of a search; name another --output_dir')
         utils.load_model(self.supernet, state['model'], self.checkpoint)
         utils.load_model(self.nao, state['controller'], self.checkpoint)
-        self.optimizer.load_state_dict(state['optimizer'])
+        utils.load_optimizer(self.optimizer, state['optimizer'])
         self.pool = [architecture.parse(line) for line in state['pool']]
         for name in ('epoch', 'step', 'phase', 'accuracies', 'ranked'):
             setattr(self, name, state[name])
-        self.resumed = {name: state[name] for name in ('args', 'random', 'metrics_bytes')}
+        self.resumed = {name: state[name] for name in ('args', 'random', 'scaler', 'metrics_bytes')}
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -273,7 +273,8 @@ class Search:
         self.supernet.eval()
         right = torch.zeros(len(self.pool), device=run.device)
         for index in range(run.rank, len(self.pool), run.world):
-            logits, _ = self.supernet(images, self.pool[index], bn_train=True)
+            with run.autocast():
+                logits, _ = self.supernet(images, self.pool[index], bn_train=True)
             right[index] = (logits.argmax(1) == labels).sum()
             if (index + 1) % utils.LOG_EVERY == 0:
                 run.log(f'scored {index + 1}/{len(self.pool)} architectures')
@@ -351,7 +352,7 @@ class Search:
         steps = epochs * min(len(batches), task.rank_options.get('max_steps', len(batches)))
         network = run.place(task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels,
                                          RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB, True, steps, arch))
-        values = utils.fit(run, network, utils.sgd(network.parameters(), args.child_l2_reg), batches, task.valid_batches,
+        values = utils.fit(run, network, utils.sgd(run, network, args.child_l2_reg), batches, task.valid_batches,
                            title=title, grad_bound=args.child_grad_bound, label_smooth=task.label_smooth, **task.rank_options)
         return values['top1'] / 100
 

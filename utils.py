@@ -6,6 +6,7 @@ random generators; `train_epoch` and `evaluate` are the one loop; `fit` is a who
 
 import argparse
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -84,6 +85,8 @@ def add_run_arguments(parser: Parser, output_dir: str, data: str = 'data') -> No
                        'finds its checkpoint.pt there goes on from it')
     group.add_argument('--device', help='cpu, cuda, cuda:N or mps; None: CUDA if there is one, else MPS, else the CPU')
     group.add_argument('--seed', type=COUNT, default=0, help='of all random draws')
+    group.add_argument('--amp', choices=['off', 'bf16', 'fp16'], default='off', help='mixed precision; off: float32 throughout')
+    group.add_argument('--tf32', action='store_true', help='let NVIDIA GPUs round the factors of float32 products to TF32')
     group.add_argument('--save_every', type=COUNT, default=0, metavar='N',
                        help='also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best')
 
@@ -168,6 +171,14 @@ class Run:
             self.generators['device'] = on_device
         for generator in self.generators.values():
             generator.manual_seed(args.seed)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+        torch.backends.cudnn.benchmark = True
+        self.amp_dtype = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[args.amp]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == 'fp16')
+
+    def autocast(self) -> torch.autocast:
+        """The context that forward passes run in: mixed precision as --amp says."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     @property
     def is_first(self) -> bool:
@@ -237,7 +248,7 @@ class Run:
             dist.all_gather_object(of_all, random[0])
             random = of_all
         return {'args': vars(self.args), 'random': random,
-                'metrics_bytes': metrics.stat().st_size if metrics.exists() else 0}
+                'scaler': self.scaler.state_dict(), 'metrics_bytes': metrics.stat().st_size if metrics.exists() else 0}
 
     def resume(self, state: dict[str, Any], where: str) -> None:
         """Go on as a checkpoint's run: its random generators, and metrics.jsonl as it was then; log from where.
@@ -253,6 +264,8 @@ class Run:
                     generator.set_state(saved)
             else:
                 generator.manual_seed(zlib.crc32(repr((self.args.seed, self.rank, where)).encode()))
+        if state.get('scaler') and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state['scaler'])
         metrics = self.output_dir / 'metrics.jsonl'
         if self.is_first and metrics.exists() and metrics.stat().st_size > state.get('metrics_bytes', math.inf):
             os.truncate(metrics, state['metrics_bytes'])
@@ -279,6 +292,14 @@ class Run:
         self.broadcast(model)
         return model
 
+    def compile_cells(self, model: nn.Module) -> None:
+        """Compile each cell of a network on its own, as --compile asks: a few small graphs in place of one huge one."""
+        config = torch._dynamo.config
+        limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'
+        setattr(config, limit, max(getattr(config, limit), 4 * len(model.cells)))  # all cells are one class to the compiler
+        for cell in model.cells:
+            cell.compile()
+
     def broadcast(self, model: nn.Module) -> None:
         """Give the first process's parameters and buffers to all."""
         if self.world > 1:
@@ -300,8 +321,10 @@ class Run:
         """
         self.part_ways()
         if self.world > 1:
+            known = inspect.signature(DistributedDataParallel).parameters
+            sync = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # its older name
             return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == 'cuda' else None,
-                                           broadcast_buffers=False, find_unused_parameters=shares_weights)
+                                           find_unused_parameters=shares_weights, **{sync: False})
         if self.device.type == 'cuda' and torch.cuda.device_count() > 1 and self.args.device is None and not shares_weights:
             return DataParallel(model)
         return model
@@ -470,14 +493,17 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
         return now
 
     for done, (images, labels, weight) in enumerate(batches, start=1):
-        logits, aux_logits = forward(images, step)
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smooth)
-        if aux_logits is not None:
-            loss = loss + AUX_WEIGHT * F.cross_entropy(aux_logits, labels, label_smoothing=label_smooth)
+        with run.autocast():
+            logits, aux_logits = forward(images, step)
+            loss = F.cross_entropy(logits, labels, label_smoothing=label_smooth)
+            if aux_logits is not None:
+                loss = loss + AUX_WEIGHT * F.cross_entropy(aux_logits, labels, label_smoothing=label_smooth)
         optimizer.zero_grad()
-        (loss * weight if weight != 1 else loss).backward()
+        run.scaler.scale(loss * weight if weight != 1 else loss).backward()
+        run.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_([parameter for parameter in parameters if parameter.grad is not None], grad_bound)
-        optimizer.step()
+        run.scaler.step(optimizer)
+        run.scaler.update()
         meter.update(logits, labels, loss)
         step += 1
         if done % LOG_EVERY == 0:
@@ -493,8 +519,10 @@ def evaluate(run: Run, model: nn.Module, batches: Iterable) -> dict[str, float]:
     model.eval()
     meter = Meter(run)
     for images, labels in batches:
-        logits, _ = model(images)
-        meter.update(logits, labels, F.cross_entropy(logits, labels))
+        with run.autocast():
+            logits, _ = model(images)
+            loss = F.cross_entropy(logits, labels)
+        meter.update(logits, labels, loss)
     return meter.values()
 
 
@@ -525,9 +553,23 @@ def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batc
     return evaluation
 
 
-def sgd(parameters: Iterable[Tensor], l2_reg: float) -> torch.optim.SGD:
+def sgd(run: Run, model: nn.Module, l2_reg: float) -> torch.optim.SGD:
     """The optimiser of every network here: SGD with momentum 0.9; train_epoch sets its learning rate."""
-    return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=l2_reg)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=l2_reg, fused=run.device.type != 'mps')
+    for parameter in model.parameters():  # the fused step cannot start some of them later, as a supernet's paths would
+        optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a checkpoint's optimiser, its momentum laid out in memory as the parameters are (the fused step needs that)."""
+    for group in state['param_groups']:
+        group.update({name: value for name, value in optimizer.param_groups[0].items() if name in ('fused', 'foreach')})
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)
 
 
 # ------------------------------------------------------------------------------- training and testing a found architecture
@@ -564,6 +606,8 @@ def add_training_arguments(parser: Parser, batch_size: int, eval_batch_size: int
     group.add_argument('--eval_batch_size', type=POSITIVE_INT, default=eval_batch_size, help='images per evaluation step')
     group.add_argument('--epochs', type=POSITIVE_INT, default=epochs)
     group.add_argument('--l2_reg', type=NOT_NEGATIVE, default=l2_reg, help='weight decay')
+    group.add_argument('--compile', action='store_true', help='compile each cell with torch.compile (minutes, then faster on '
+                       'GPUs)')
 
 
 def parse_training_arguments(parser: Parser) -> argparse.Namespace:
@@ -613,11 +657,13 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     of metrics.jsonl.
     """
     model, path = run.place(model), run.output_dir / 'checkpoint.pt'
-    optimizer = sgd(model.parameters(), l2_reg)
+    if run.args.compile:
+        run.compile_cells(model)
+    optimizer = sgd(run, model, l2_reg)
     state = run.together(lambda: load_checkpoint(path) if path.exists() else None)
     if state:
         load_model(model, state['model'], path)
-        optimizer.load_state_dict(state['optimizer'])
+        load_optimizer(optimizer, state['optimizer'])
     run.open_output()
     run.log_start(model, count_madds(model, eval_batches.size))
     best = state['best_acc_top1'] if state else 0.0
