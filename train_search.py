@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,6 +163,24 @@ def open_imagenet(args: argparse.Namespace, run: utils.Run) -> Task:
         {'epochs': epochs, 'lr': lambda epoch: args.child_lr, 'max_steps': math.ceil(IMAGENET_RANK_STEPS / epochs)})
 
 
+@torch.no_grad()
+def score_pool(run: utils.Run, supernet: Supernet, pool: Sequence[Architecture], images: torch.Tensor,
+               labels: torch.Tensor) -> list[float]:
+    """The accuracy, 0-1, of each architecture on one batch, normalised by the batch's statistics.
+
+    Of several processes each scores its share of the pool.
+    """
+    supernet.eval()
+    right = torch.zeros(len(pool), device=run.device)
+    for index in range(run.rank, len(pool), run.world):
+        with run.autocast():
+            logits, _ = supernet(images, pool[index], bn_train=True)
+        right[index] = (logits.argmax(1) == labels).sum()
+        if (index + 1) % utils.LOG_EVERY == 0:
+            run.log(f'scored {index + 1}/{len(pool)} architectures')
+    return [count / len(labels) for count in run.sum(right).tolist()]
+
+
 class Search:
     """A search's state, and a method for each of its phases; a method ends by saying which phase comes next."""
 
@@ -261,24 +279,12 @@ class Search:
         self.run.write_metrics(kind='epoch', epoch=self.epoch, step=self.step, lr=rate, train=values)
         self.phase = 'score' if self.is_scored(self.epoch) else 'train'
 
-    @torch.no_grad()
     def score(self) -> None:
-        """Score the pool, all on one validation batch with batch statistics, and sort it, best first.
-
-        Of several processes each scores its share of the pool.
-        """
+        """Score the pool, all on one validation batch, and sort it, best first."""
         run, batches = self.run, self.task.valid_batches
         chosen = torch.randperm(batches.count, generator=run.generators['search'])[:self.args.child_eval_batch_size]
         images, labels = batches.batch(chosen.to(run.device))
-        self.supernet.eval()
-        right = torch.zeros(len(self.pool), device=run.device)
-        for index in range(run.rank, len(self.pool), run.world):
-            with run.autocast():
-                logits, _ = self.supernet(images, self.pool[index], bn_train=True)
-            right[index] = (logits.argmax(1) == labels).sum()
-            if (index + 1) % utils.LOG_EVERY == 0:
-                run.log(f'scored {index + 1}/{len(self.pool)} architectures')
-        accuracies = [count / len(labels) for count in run.sum(right).tolist()]
+        accuracies = score_pool(run, self.supernet, self.pool, images, labels)
         order = sorted(range(len(self.pool)), key=lambda index: -accuracies[index])
         self.pool, self.accuracies = [self.pool[i] for i in order], [accuracies[i] for i in order]
         for suffix in (f'.{self.epoch}', ''):

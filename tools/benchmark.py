@@ -1,0 +1,258 @@
+"""Measure what the programs cost: one table of seconds, rates, machine-normalised cost and peak memory.
+
+    python tools/benchmark.py                                  # all rows
+    python tools/benchmark.py --only score --json now.json     # one row, kept in a file
+    python tools/benchmark.py --compare before.json            # with ratios to an earlier file
+    python tools/benchmark.py --growth                         # how costs grow with pool, architectures and channels
+
+The normalised cost is seconds × the GFLOP/s of a 2048×2048 float32 matrix product measured right before and after, so that
+numbers from noisy or different machines can be compared. Each row runs in a process of its own.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils  # isort: skip  (before torch: it sets how memory is allocated)
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms
+
+import architecture
+import controller
+import datasets
+from model import NASNetworkCIFAR
+from model_search import NASWSNetworkCIFAR
+from train_search import score_pool
+
+NAONET_A = '0 7 1 15 2 8 1 7 0 6 1 7 0 8 4 7 1 5 0 7 0 7 1 13 0 6 0 14 0 9 1 10 0 14 2 6 1 11 0 7'
+NAONET_B = '0 1 0 2 0 1 2 2 1 3 0 2 4 0 1 3 2 1 0 3 1 1 1 0 2 1 2 4 1 0 2 3 3 1 2 2 0 2 0 2'
+VOCABULARY = architecture.vocabulary(5, 'small')
+SAMPLED = 12  # random architectures that a supernet's row is the mean of
+
+
+def measure_gflops() -> float:
+    """GFLOP/s of a 2048×2048 float32 matrix product on all threads, the best of several."""
+    a, b = torch.randn(2, 2048, 2048)
+    torch.mm(a, b)
+
+    def once() -> float:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        return 2 * 2048 ** 3 / (time.perf_counter() - start) / 1e9
+    return max(once() for _ in range(5))
+
+
+def seconds_of(function: Callable[[], None], repeats: int) -> float:
+    """Median seconds of a call, after one that warms up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def make_run(seed: int = 0) -> utils.Run:
+    """A run on the CPU that writes nothing."""
+    return utils.Run(SimpleNamespace(device='cpu', output_dir='.', seed=seed, amp='off', tf32=False, compile=False))
+
+
+def make_images(count: int) -> datasets.ImageSet:
+    """Random images of CIFAR's size."""
+    generator = torch.Generator().manual_seed(0)
+    size = 32 + 2 * datasets.CROP_PADDING
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (datasets.CIFAR_MEAN, datasets.CIFAR_STD))
+    return datasets.ImageSet(torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator),
+                             torch.randint(0, 10, (count,), generator=generator), mean, std, flip=True)
+
+
+def training_step(run: utils.Run, model: torch.nn.Module, batch: int) -> Callable[..., None]:
+    """A function that makes one step of the training loop with a batch of random images."""
+    images, labels, _ = next(iter(datasets.TrainBatches(make_images(batch), batch, run.generators['data'], cutout_size=16)))
+    optimizer = utils.sgd(run, model, 3e-4)
+    model.train()
+
+    def step(*extras: object) -> None:
+        utils.train_epoch(run, lambda images, step: model(images, *extras, step), optimizer, [(images, labels, 1.0)], title='',
+                          lr=0.025, step=100, clock=utils.Clock(0, 1), grad_bound=5.0)
+    return step
+
+
+def naonet_step(arch: str) -> Callable[[int], tuple[float, float]]:
+    """The row of a found architecture's training step: 36 channels, batch 32."""
+    def row(repeats: int) -> tuple[float, float]:
+        run = make_run()
+        model = run.place(NASNetworkCIFAR(10, 6, 5, 36, 0.6, 0.8, True, 1000, arch))
+        seconds = seconds_of(training_step(run, model, 32), repeats)
+        return seconds, 32 / seconds
+    return row
+
+
+def make_supernet(run: utils.Run, channels: int = 20) -> NASWSNetworkCIFAR:
+    """The supernet of the search's sizes."""
+    return run.place(NASWSNetworkCIFAR(10, 3, 5, channels, 1.0, 0.9, False, 1000))
+
+
+def sample(count: int) -> list[architecture.Architecture]:
+    """Random architectures of the small space, always the same."""
+    return architecture.sample(count, 5, VOCABULARY.operations, torch.Generator().manual_seed(1))
+
+
+def supernet_step(repeats: int, channels: int = 20) -> tuple[float, float]:
+    """A training step of the supernet, batch 64, mean over random architectures."""
+    run = make_run()
+    step = training_step(run, make_supernet(run, channels), 64)
+    seconds = statistics.mean(seconds_of(lambda arch=arch: step(arch), max(1, repeats // 3)) for arch in sample(SAMPLED))
+    return seconds, 64 / seconds
+
+
+def score(repeats: int, count: int = SAMPLED) -> tuple[float, float]:
+    """Scoring one architecture on 500 images, mean over random architectures."""
+    run = make_run()
+    supernet, batches = make_supernet(run).eval(), datasets.EvalBatches(make_images(500), 500)
+    images, labels = batches.batch(slice(0, 500))
+
+    seconds = seconds_of(lambda: score_pool(run, supernet, sample(count), images, labels), max(1, repeats // 3)) / count
+    return seconds, 1 / seconds
+
+
+def make_sequences(count: int) -> torch.Tensor:
+    """Random architectures as the controller's sequences."""
+    return torch.tensor([VOCABULARY.encode(arch) for arch in sample(count)])
+
+
+def controller_epoch(repeats: int, count: int = 600) -> tuple[float, float]:
+    """One epoch of the controller's fit on 600 architectures, batch 100."""
+    run, sequences = make_run(), make_sequences(count)
+    nao = controller.NAO(VOCABULARY.allowed_tokens, VOCABULARY.size, 20)
+    targets = controller.scale(torch.rand(count, generator=torch.Generator().manual_seed(2)).tolist())
+
+    def fit(epochs: int) -> float:
+        start = time.perf_counter()
+        controller.fit(nao, sequences, targets, epochs=epochs, batch_size=100, lr=1e-3, l2_reg=1e-4, trade_off=0.8,
+                       grad_bound=5.0, generator=run.generators['search'], augment=architecture.swap_operands)
+        return time.perf_counter() - start
+    fit(1)
+    epochs = 4 * repeats
+    seconds = (fit(epochs + 1) - fit(1)) / epochs  # without the report at the end of a fit
+    return seconds, count / seconds
+
+
+def new_architectures(repeats: int) -> tuple[float, float]:
+    """One λ of the ascent from 100 architectures."""
+    nao = controller.NAO(VOCABULARY.allowed_tokens, VOCABULARY.size, 20)
+    sequences = make_sequences(100)
+    nao.eval()
+    seconds = seconds_of(lambda: nao.generate_new_arch(sequences, 1.0), 4 * repeats)
+    return seconds, 100 / seconds
+
+
+def per_image_cutout(image: torch.Tensor) -> torch.Tensor:
+    """Cutout of one image as the per-image transforms of other code do it."""
+    y, x = np.random.randint(32, size=2)
+    mask = np.ones((32, 32), np.float32)
+    mask[max(0, y - 8):y + 8, max(0, x - 8):x + 8] = 0
+    return image * torch.from_numpy(mask)
+
+
+def cifar_batches(repeats: int) -> tuple[float, float, float]:
+    """An epoch of 10,000 augmented images, batch 128; and the ratio of its rate to torchvision's per-image transforms."""
+    run, data = make_run(), make_images(10_000)
+    batches = datasets.TrainBatches(data, 128, run.generators['data'], cutout_size=16)
+
+    def epoch() -> None:
+        for _ in batches:
+            pass
+    seconds = seconds_of(epoch, repeats)
+    transform = transforms.Compose([
+        transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize(datasets.CIFAR_MEAN, datasets.CIFAR_STD), per_image_cutout])
+    arrays = data.images[:1000, :, 4:-4, 4:-4].permute(0, 2, 3, 1).numpy()
+
+    def per_image() -> None:
+        for start in range(0, 1000, 128):
+            torch.stack([transform(Image.fromarray(array)) for array in arrays[start:start + 128]])
+    rate = len(data) / seconds
+    return seconds, rate, rate * seconds_of(per_image, max(1, repeats // 3)) / 1000
+
+
+ROWS: dict[str, Callable[[int], tuple]] = {
+    'naonet_a_36_step': naonet_step(NAONET_A), 'naonet_b_36_step': naonet_step(NAONET_B), 'supernet_step': supernet_step,
+    'score': score, 'controller_epoch': controller_epoch, 'new_architectures': new_architectures,
+    'cifar_batches': cifar_batches,
+}
+
+GROWTH: dict[str, Callable[[int], tuple]] = {
+    **{f'score, pool of {count}': lambda repeats, count=count: tuple(
+        value * factor for value, factor in zip(score(1, count // 10), (count, 1), strict=True)) for count in (100, 300, 600)},
+    **{f'controller epoch, {count} architectures': lambda repeats, count=count: controller_epoch(repeats, count)
+       for count in (100, 300, 600)},
+    **{f'supernet step, {channels} channels': lambda repeats, channels=channels: supernet_step(1, channels)
+       for channels in (10, 20, 40)},
+}
+
+
+def run_row(name: str, repeats: int) -> dict[str, float | str]:
+    """Measure one row in this process."""
+    before = measure_gflops()
+    seconds, per_second, *ratio = (ROWS | GROWTH)[name](repeats)
+    gflops = (before + measure_gflops()) / 2
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != 'darwin' else 1024 ** 2)
+    row = {'name': name, 'seconds': seconds, 'per_second': per_second, 'normalised': seconds * gflops, 'peak_mb': peak,
+           'gflops': gflops}
+    return row | ({'ratio': ratio[0]} if ratio else {})
+
+
+def run_in_own_process(name: str, repeats: int) -> dict[str, float | str]:
+    """Measure one row in a process of its own, so that its peak memory is its own."""
+    command = [sys.executable, __file__, '--row', name, '--repeats', str(repeats)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    """Run the rows and print the table."""
+    parser = utils.Parser('Measure what the programs cost.')
+    parser.add_argument('--only', choices=ROWS, metavar='NAME', help=f'one row of: {" ".join(ROWS)}')
+    parser.add_argument('--json', metavar='FILE', help='also write the results there')
+    parser.add_argument('--compare', metavar='FILE', help='print ratios to the results in this file')
+    parser.add_argument('--growth', action='store_true', help='how costs grow with pool, architectures and channels')
+    parser.add_argument('--repeats', type=utils.POSITIVE_INT, default=5, help='measurements of a row; the median counts')
+    parser.add_argument('--row', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(run_row(args.row, args.repeats)))
+        return
+    try:
+        old = {row['name']: row for row in json.loads(Path(args.compare).read_text())['rows']} if args.compare else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise utils.UserError(f'--compare={args.compare}: is not a file that --json wrote') from None
+    print(f'{"row":34}{"seconds":>10}{"per second":>12}{"normalised":>12}{"peak MB":>9}  ')
+    rows = []
+    for name in [args.only] if args.only else GROWTH if args.growth else ROWS:
+        row = run_in_own_process(name, args.repeats)
+        rows.append(row)
+        ratio = f'{row["ratio"]:.1f}x per-image transforms' if 'ratio' in row else ''
+        if name in old:
+            ratio += f'  {row["normalised"] / old[name]["normalised"]:.2f} of {args.compare}'
+        print(f'{name:34}{row["seconds"]:10.4f}{row["per_second"]:12.1f}{row["normalised"]:12.2f}{row["peak_mb"]:9.0f}  '
+              f'{ratio}', flush=True)
+    gflops = statistics.mean(row.pop('gflops') for row in rows)
+    print(f'matrix product: {gflops:.0f} GFLOP/s on {torch.get_num_threads()} threads')
+    if args.json:
+        Path(args.json).write_text(json.dumps({'gflops': gflops, 'rows': rows}, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    utils.run_program(main)
