@@ -112,7 +112,7 @@ def test_a_batch_is_read_as_its_rows():
 
 
 def test_predictions_lie_between_zero_and_one_and_embeddings_have_unit_length():
-    nao, tokens = make(spread=0.3), sequences(20)
+    nao, tokens = make(), sequences(20)
     prediction, _, _ = nao(tokens)
     assert prediction.shape == (20, 1) and ((prediction > 0) & (prediction < 1)).all()
     memory = nao.encoder(tokens)
@@ -189,11 +189,11 @@ def test_fitting_lowers_the_loss_and_learns_order_and_reconstruction():
     nao, tokens = make(seed=1), sequences(60)
     reports = []
     before = controller.evaluate(nao, tokens, performances(tokens))
-    last = fit(nao, tokens, performances(tokens), epochs=350, report=reports.append)
-    assert [report['epoch'] for report in reports] == [100, 200, 300, 350]
+    first = fit(make(seed=1), tokens, performances(tokens), epochs=1)
+    last = fit(nao, tokens, performances(tokens), epochs=120, report=reports.append)
+    assert [report['epoch'] for report in reports] == [100, 120]
     assert last == reports[-1]
-    losses = [report['loss'] for report in reports]
-    assert losses == sorted(losses, reverse=True)
+    assert last['loss'] < reports[0]['loss'] * 2 < first['loss'] / 5
     assert last['pairwise_accuracy'] > 0.9 > before['pairwise_accuracy']
     assert last['hamming_distance'] < 0.2 < before['hamming_distance']
 
