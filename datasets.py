@@ -185,13 +185,15 @@ def cutout(images: Tensor, size: int, draws: Draws) -> Tensor:
 
 
 def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int, int]]:
-    """(start, stop) of the batches that `count` images make; a last one of fewer than `least` shares with its neighbour.
+    """(start, stop) of the batches that `count` images make; a last one of fewer than `least` shares with its neighbour,
+    or joins it where two of `least` cannot be made.
 
     Batch-norm cannot train on a single image, and every process needs some.
     """
     starts = list(range(0, count, batch_size))
     if len(starts) > 1 and count - starts[-1] < least:
-        starts[-1] = (starts[-2] + count + 1) // 2
+        images = count - starts[-2]
+        starts[-1:] = [starts[-2] + (images + 1) // 2] if images >= 2 * least else []
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 

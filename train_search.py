@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     utils.add_file_arguments(parser)
     group = parser.add_argument_group('child: the weight-sharing network')
     for name, kind, default, text in (
-            ('batch_size', utils.POSITIVE_INT, 64, 'images per step'),
+            ('batch_size', utils.BATCH, 64, 'images per step'),
             ('eval_batch_size', utils.POSITIVE_INT, 500, 'validation images that an architecture is scored on'),
             ('epochs', utils.POSITIVE_INT, 150, ''),
             ('layers', utils.POSITIVE_INT, 3, 'normal cells before, between and after the reduction cells'),

@@ -71,6 +71,7 @@ def number(kind: type, least: float, most: float = math.inf, *, above: bool = Fa
 
 
 POSITIVE_INT, COUNT = number(int, 1), number(int, 0)
+BATCH = number(int, 2)  # batch-norm cannot train on a single image
 POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
 KEEP = number(float, 0, 1, above=True)
 FRACTION = number(float, 0, 1)
@@ -560,7 +561,7 @@ def add_training_arguments(parser: Parser, batch_size: int, eval_batch_size: int
     group = parser.add_argument_group('training')
     group.add_argument('--mode', choices=['train', 'test'], default='train', help='test: only evaluate a checkpoint')
     group.add_argument('--checkpoint', metavar='PATH', help='what to test; None: checkpoint_best.pt in --output_dir')
-    group.add_argument('--batch_size', type=POSITIVE_INT, default=batch_size, help='images per step')
+    group.add_argument('--batch_size', type=BATCH, default=batch_size, help='images per step')
     group.add_argument('--eval_batch_size', type=POSITIVE_INT, default=eval_batch_size, help='images per evaluation step')
     group.add_argument('--epochs', type=POSITIVE_INT, default=epochs)
     group.add_argument('--l2_reg', type=NOT_NEGATIVE, default=l2_reg, help='weight decay')
