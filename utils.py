@@ -130,6 +130,8 @@ def choose_device(name: str | None) -> torch.device:
             name = 'cpu'
     try:
         device = torch.device(name)
+        if device.type not in ('cpu', 'cuda', 'mps'):
+            raise RuntimeError('another kind of device')
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
