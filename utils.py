@@ -354,9 +354,11 @@ def save_checkpoint(run: Run, state: dict[str, Any], *paths: Path) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            if not isinstance(error, OSError | RuntimeError):  # PyTorch's writer turns a full disk into a RuntimeError
+                raise
             reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
             raise UserError(f'{path} cannot be written ({reason}); the checkpoint before it is intact, '
                             'make room and run the same command again') from None
