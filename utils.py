@@ -9,15 +9,18 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,6 +33,8 @@ from datasets import DataError
 
 LOG_EVERY = 100  # steps between two log lines
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
+NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'), np.dtype,
+                type(np.dtype(np.float64)), type(np.dtype(np.float32))]  # what a pickled one, such as an accuracy, needs
 
 
 class UserError(Exception):
@@ -369,17 +374,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     `module.`) onto the CPU; `args` becomes a dict. Raises UserError.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBER]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
             state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'{path}: there is no such checkpoint; train first, or name one with --checkpoint') from None
     except Exception as error:  # torch.load raises a dozen kinds for a file that is not what it should be
-        raise UserError(f'{path}: is not a readable checkpoint ({str(error).splitlines()[0][:100]}); it is cut off, '
-                        'damaged or another kind of file') from None
-    if not isinstance(state, dict) or not isinstance(state.get('model'), dict):
-        raise UserError(f'{path}: is not a checkpoint of this project: a dict with "model" is needed')
-    args = state.get('args', {})
-    state['args'] = vars(args) if isinstance(args, argparse.Namespace) else args
+        reason = 'it holds more than tensors and numbers' if isinstance(error, pickle.UnpicklingError) else (
+            f'{error}'.partition('\n')[0][:100] or type(error).__name__)
+        raise UserError(f'{path}: is not a readable checkpoint ({reason}); it is cut off, damaged or another kind of file'
+                        ) from None
+    args = state.get('args', {}) if isinstance(state, dict) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict) or not isinstance(state.get('model'), dict):
+        raise UserError(f'{path}: is not a checkpoint of this project: a dict with "model" and "args" is needed')
+    state['args'] = args
     state['model'] = {name.removeprefix('module.'): value for name, value in state['model'].items()}
     return state
 
