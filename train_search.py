@@ -374,7 +374,7 @@ def main() -> None:
     run = utils.Run(args)
     search = Search(args, run)
     search.load()
-    run.open_output()
+    run.open_output(anew=search.resumed is None)
     run.log_start(search.supernet, utils.count_madds(search.supernet, search.task.valid_batches.size, search.pool[0]))
     search.search()
     if search.ranked:

@@ -214,14 +214,19 @@ class Run:
             dist.all_reduce(values)
         return values
 
-    def open_output(self) -> None:
-        """Create the output directory; raises UserError if nothing can be written there."""
+    def open_output(self, anew: bool) -> None:
+        """Create the output directory; raises UserError if nothing can be written there.
+
+        anew: there is no checkpoint to go on from, so drop the metrics of a run that was killed before its first one.
+        """
         def create() -> None:
             try:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 probe = self.output_dir / f'.writable-{os.getpid()}'
                 probe.touch()
                 probe.unlink()
+                if anew:
+                    (self.output_dir / 'metrics.jsonl').unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); '
                                 'name a directory that you may write to') from None
@@ -632,7 +637,7 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     if state:
         load_model(model, state['model'], path)
         optimizer.load_state_dict(state['optimizer'])
-    run.open_output()
+    run.open_output(anew=state is None)
     run.log_start(model, count_madds(model, eval_batches.size))
     best = state['best_acc_top1'] if state else 0.0
 
