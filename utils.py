@@ -639,7 +639,7 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
         optimizer.load_state_dict(state['optimizer'])
     run.open_output(anew=state is None)
     run.log_start(model, count_madds(model, eval_batches.size))
-    best = state['best_acc_top1'] if state else 0.0
+    best = state['best_acc_top1'] if state else -1.0  # a first network that gets nothing right is the best so far
 
     def after_epoch(epoch: int, step: int, training: dict, evaluation: dict) -> None:
         nonlocal best
