@@ -605,11 +605,16 @@ def parse_training_arguments(parser: Parser) -> argparse.Namespace:
 
 
 def read_architecture(args: argparse.Namespace) -> architecture.Architecture:
-    """The architecture that --fixed_arc and --arc_index name; raises UserError."""
+    """The architecture that --fixed_arc and --arc_index name; raises UserError.
+
+    `args` then has the architecture itself: a checkpoint must not depend on a pool file that a later search rewrites.
+    """
     try:
-        return architecture.read(args.fixed_arc, args.arc_index, args.nodes)
+        arch = architecture.read(args.fixed_arc, args.arc_index, args.nodes)
     except architecture.ArchitectureError as error:
         raise UserError(f'--fixed_arc: {error}') from None
+    args.fixed_arc, args.arc_index = str(arch), 0
+    return arch
 
 
 def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Iterable) -> dict[str, float]:
