@@ -76,6 +76,7 @@ def number(kind: type, least: float, most: float = math.inf, *, above: bool = Fa
 
 
 POSITIVE_INT, COUNT = number(int, 1), number(int, 0)
+SEED = number(int, 0, 2**63 - 1)  # what a generator takes
 BATCH = number(int, 2)  # batch-norm cannot train on a single image
 POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
 KEEP = number(float, 0, 1, above=True)
@@ -89,7 +90,7 @@ def add_run_arguments(parser: Parser, output_dir: str, data: str = 'data') -> No
     group.add_argument('--output_dir', default=output_dir, help='directory of checkpoints and metrics.jsonl; a run that '
                        'finds its checkpoint.pt there goes on from it')
     group.add_argument('--device', help='cpu, cuda, cuda:N or mps; None: CUDA if there is one, else MPS, else the CPU')
-    group.add_argument('--seed', type=COUNT, default=0, help='of all random draws')
+    group.add_argument('--seed', type=SEED, default=0, help='of all random draws')
     group.add_argument('--save_every', type=COUNT, default=0, metavar='N',
                        help='also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best')
 
