@@ -596,10 +596,12 @@ def parse_training_arguments(parser: Parser) -> argparse.Namespace:
         path = args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt'
         saved = load_checkpoint(path)['args']
         saved.setdefault('fixed_arc', saved.get('arch'))  # the reference's name for it
-        known = {name: saved[name] for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
-                 if saved.get(name) is not None}
-        parser.set_defaults(**known)
-        args = parser.parse_args()
+        known = [f'--{name}={saved[name]}' for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
+                 if saved.get(name) is not None and hasattr(args, name)]
+        try:
+            args = parser.parse_args([*known, *sys.argv[1:]])
+        except UserError as error:
+            raise UserError(f'{path}: its arguments do not suit this program: {error}') from None
     if not args.fixed_arc:
         raise UserError('--fixed_arc is missing: a line of integers, or the path of an arch_pool file')
     return args
