@@ -312,6 +312,9 @@ class Search:
             self.nao, sequences, targets, epochs=args.controller_epochs, batch_size=args.controller_batch_size,
             lr=args.controller_lr, l2_reg=args.controller_l2_reg, trade_off=args.controller_trade_off,
             grad_bound=args.controller_grad_bound, generator=generator, augment=augment, held_out=held_out, report=report)
+        if not math.isfinite(values['loss']):
+            raise utils.NotFiniteError(f'the loss of the controller is {values["loss"]}; the last checkpoint is kept; a '
+                                       'smaller --controller_lr may help')
         self.run.broadcast(self.nao)
         self.run.write_metrics(kind='controller', search_epoch=self.epoch, **values)
         self.phase = 'propose'

@@ -539,6 +539,9 @@ def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batc
                                      **options)
         run.average_statistics(model)
         evaluation = evaluate(run, model, eval_batches)
+        if not math.isfinite(evaluation['loss']):  # the last step broke the weights; they must not become a checkpoint
+            raise NotFiniteError(f'the test loss is {evaluation["loss"]} after {name}; the last checkpoint is kept; a smaller '
+                                 'learning rate may help')
         epoch += 1
         run.log(f'{name} train {describe(training)} | test {describe(evaluation)} lr {rate:.3g} left {clock.left(step)}')
         after_epoch(epoch, step, training, evaluation)
