@@ -381,7 +381,8 @@ def main() -> None:
     run.log_start(search.supernet, utils.count_madds(search.supernet, search.task.valid_batches.size, search.pool[0]))
     search.search()
     if search.ranked:
-        run.log(f'finished: the best architecture is {max(search.ranked)[1]}; the ranked ones are in '
+        best = max(search.ranked, key=lambda pair: pair[0])[1]  # of equal ones the first, as in the file
+        run.log(f'finished: the best architecture is {best}; the ranked ones are in '
                 f'{run.output_dir / "arch_pool.final"}, best first')
 
 
