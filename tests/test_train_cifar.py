@@ -158,7 +158,8 @@ def test_an_architecture_is_a_line_or_a_line_of_a_pool_file(flags, few, trained,
     one, two = (load(folder / 'checkpoint.pt')['model'] for folder in (trained[0], tmp_path / 'out'))
     assert_equal(one, two)
     (tmp_path / 'pool').unlink()  # a checkpoint can be tested without the pool file that its network came from
-    assert run(PROGRAM, '--mode=test', '--device=cpu', f'--output_dir={tmp_path / "out"}', cwd=tmp_path, preamble=few).status == 0
+    result = run(PROGRAM, '--mode=test', '--device=cpu', '--output_dir=out', cwd=tmp_path, preamble=few)
+    assert result.status == 0, result
 
 
 # ---------------------------------------------------------------------------------------------------------------- testing
@@ -355,7 +356,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_kept(mode, flags, w
 def test_a_checkpoint_with_another_number_of_classes_is_refused(mode, trained, few, tmp_path):
     for name in ('checkpoint.pt', 'checkpoint_best.pt'):
         state = load(trained[0] / name)
-        for key in ('classifier.weight', 'classifier.bias', 'auxiliary_head.classifier.weight', 'auxiliary_head.classifier.bias'):
+        for key in [key for key in state['model'] if 'classifier' in key]:
             state['model'][key] = state['model'][key].repeat_interleave(10, 0)
         torch.save(state, tmp_path / name)
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
@@ -391,7 +392,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(b
     result = run(PROGRAM, *flags, '--lr_max=1e30', preamble=few)
     assert result.status == 1, result
     assert len(result.err.splitlines()) == 1
-    for word in ('the loss is', 'epoch 2/3', 'the last checkpoint is kept', 'smaller learning rate'):
+    for word in ('loss is', 'epoch 2/3', 'the last checkpoint is kept', 'smaller learning rate'):
         assert word in result.err
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
     assert run(PROGRAM, *flags, preamble=few).status == 0  # with a sane learning rate it goes on
