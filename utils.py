@@ -585,7 +585,7 @@ def add_training_arguments(parser: Parser, batch_size: int, eval_batch_size: int
     group.add_argument('--checkpoint', metavar='PATH', help='what to test; None: checkpoint_best.pt in --output_dir')
     group.add_argument('--batch_size', type=BATCH, default=batch_size, help='images per step')
     group.add_argument('--eval_batch_size', type=POSITIVE_INT, default=eval_batch_size, help='images per evaluation step')
-    group.add_argument('--epochs', type=POSITIVE_INT, default=epochs)
+    group.add_argument('--epochs', type=POSITIVE_INT, default=epochs, help='epochs of the whole training')
     group.add_argument('--l2_reg', type=NOT_NEGATIVE, default=l2_reg, help='weight decay')
 
 
