@@ -140,7 +140,7 @@ def test_the_log_has_what_people_read(searched):
     values = r'loss \d+\.\d+ top-1 \d+\.\d+ % top-5 \d+\.\d+ % \d+ images/s'
     for epoch in (1, 2):
         assert re.search(rf'epoch {epoch}/2 train {values} lr \S+ left \d+:\d\d:\d\d\n', out)
-        assert re.search(rf'epoch {epoch}: scored 20 architectures on 16 images: best \d\.\d+, mean \d\.\d+, worst \d\.\d+', out)
+        assert re.search(rf'epoch {epoch}: scored 20 architectures on 16 images: best 0\.\d+, mean 0\.\d+, worst 0\.\d+', out)
     assert re.search(r'controller epoch 20/20 loss \d+\.\d+ pairwise accuracy \d\.\d+ Hamming distance \d\.\d+', out)
     assert re.search(r'\d+ new architectures', out)
 
@@ -216,7 +216,8 @@ controller.fit = fit
 def test_a_search_starts_from_a_given_pool(few, tmp_path):
     pool = [str(arch) for arch in sample(12, 2, SMALL, torch.Generator().manual_seed(99))]
     (tmp_path / 'my pool').write_text('\n'.join(pool) + '\n')
-    result = run(PROGRAM, *FLAGS, '--child_arch_pool=my pool', '--child_epochs=1', '--output_dir=out', cwd=tmp_path, preamble=few)
+    result = run(PROGRAM, *FLAGS, '--child_arch_pool=my pool', '--child_epochs=1', '--output_dir=out', cwd=tmp_path,
+                 preamble=few)
     assert result.status == 0, result
     assert sorted(lines(tmp_path / 'out', 'arch_pool')) == sorted(pool)
     assert lines(tmp_path, 'my pool') == pool
@@ -287,8 +288,7 @@ def test_a_search_killed_after_or_within_every_phase_ends_bit_identical(call, af
 
 
 @pytest.mark.parametrize('moment', [
-    ('os.replace', 1, False), ('os.replace', 2, False), ('os.replace', 4, True), ('os.fsync', 2, False),
-    ('os.replace', 8, True), ('os.replace', 13, True), ('os.replace', 18, True), ('controller.fit', 1, True)])
+    ('os.replace', 2, False), ('os.fsync', 2, False), ('os.replace', 8, True), ('os.replace', 18, True)])
 def test_a_search_killed_while_it_writes_ends_bit_identical(moment, searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     killed = run(*command, preamble=few + kill_at(*moment))
@@ -377,8 +377,8 @@ def test_a_search_and_a_training_do_not_take_each_others_checkpoints(searched, f
     train = ['train_cifar.py', '--dataset=digits', '--device=cpu', '--nodes=1', '--layers=1', '--channels=2', '--epochs=1',
              '--fixed_arc=0 4 1 4 0 4 1 4']
     assert run(*train, f'--output_dir={tmp_path}', preamble=few).status == 0
-    assert_user_error(run(PROGRAM, *FLAGS, f'--output_dir={tmp_path}', preamble=few), tmp_path, 'not the checkpoint of a search',
-                      '--output_dir')
+    assert_user_error(run(PROGRAM, *FLAGS, f'--output_dir={tmp_path}', preamble=few), tmp_path,
+                      'not the checkpoint of a search', '--output_dir')
     assert_user_error(run(*train, f'--output_dir={searched[0]}', preamble=few), searched[0], 'another architecture')
 
 
