@@ -5,6 +5,7 @@ reduction cell, written as one line of 8·B space-separated integers (paper, sec
 the states 0..i+1: states 0 and 1 are the outputs of the two cells before, state 2+j is node j.
 """
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,6 +54,9 @@ def parse(arch: 'str | Sequence', nodes: int | None = None, operations: range = 
     if isinstance(arch, str):
         values = arch.split()
     elif len(arch) == 2 and all(isinstance(cell, list | tuple) for cell in arch):
+        if len(arch[0]) != len(arch[1]):
+            raise ArchitectureError(f'both cells of an architecture have equally many integers, these have {len(arch[0])} '
+                                    f'and {len(arch[1])}')
         values = [*arch[0], *arch[1]]
     else:
         values = list(arch)
@@ -64,8 +68,8 @@ def parse(arch: 'str | Sequence', nodes: int | None = None, operations: range = 
     for position, value in enumerate(values):
         where = f'integer {position + 1} of {len(values)} ({"normal" if position < half else "reduction"} cell)'
         try:
-            number = int(value)
-        except ValueError:
+            number = int(value) if isinstance(value, str) and '_' not in value else operator.index(value)
+        except (TypeError, ValueError):
             raise ArchitectureError(f'{where} is {value!r}, not an integer') from None
         node, is_operation = position % half // 4, position % 2
         legal = operations if is_operation else range(node + 2)

@@ -179,19 +179,21 @@ def cutout(images: Tensor, size: int, draws: Draws) -> Tensor:
     """Zero a size×size square around the drawn pixel of each image, clipped at the border (arXiv:1708.04552)."""
     def inside(length: int, centre: Tensor) -> Tensor:
         pixels = torch.arange(length, device=images.device) - centre.unsqueeze(1)
-        return (pixels >= -(size // 2)) & (pixels < size // 2)
+        return (pixels >= -(size // 2)) & (pixels < size - size // 2)
     hole = inside(images.shape[2], draws.hole_y)[:, None, :, None] & inside(images.shape[3], draws.hole_x)[:, None, None, :]
-    return images.masked_fill(hole, 0)
+    return images.clone().masked_fill_(hole, 0)  # masked_fill would lose the layout
 
 
 def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int, int]]:
-    """(start, stop) of the batches that `count` images make; a last one of fewer than `least` shares with its neighbour.
+    """(start, stop) of the batches that `count` images make; a last one of fewer than `least` shares with its neighbour,
+    or joins it where two of `least` cannot be made.
 
     Batch-norm cannot train on a single image, and every process needs some.
     """
     starts = list(range(0, count, batch_size))
     if len(starts) > 1 and count - starts[-1] < least:
-        starts[-1] = (starts[-2] + count + 1) // 2
+        images = count - starts[-2]
+        starts[-1:] = [starts[-2] + (images + 1) // 2] if images >= 2 * least else []
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 

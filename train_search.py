@@ -57,9 +57,9 @@ def parse_args() -> argparse.Namespace:
     utils.add_file_arguments(parser)
     group = parser.add_argument_group('child: the weight-sharing network')
     for name, kind, default, text in (
-            ('batch_size', utils.POSITIVE_INT, 64, 'images per step'),
+            ('batch_size', utils.BATCH, 64, 'images per step'),
             ('eval_batch_size', utils.POSITIVE_INT, 500, 'validation images that an architecture is scored on'),
-            ('epochs', utils.POSITIVE_INT, 150, ''),
+            ('epochs', utils.POSITIVE_INT, 150, 'epochs of the whole search'),
             ('layers', utils.POSITIVE_INT, 3, 'normal cells before, between and after the reduction cells'),
             ('nodes', utils.POSITIVE_INT, 5, 'nodes of a cell'),
             ('channels', utils.POSITIVE_INT, 20, 'channels of the first cells'),
@@ -92,16 +92,16 @@ def parse_args() -> argparse.Namespace:
             ('trade_off', utils.FRACTION, 0.8, 'weight of the prediction loss; the rest weighs the reconstruction'),
             ('l2_reg', utils.NOT_NEGATIVE, 1e-4, 'weight decay'),
             ('grad_bound', utils.POSITIVE, 5.0, 'gradients are clipped to this norm'),
-            ('encoder_layers', utils.POSITIVE_INT, 1, ''),
-            ('encoder_hidden_size', utils.POSITIVE_INT, 96, ''),
-            ('encoder_emb_size', utils.POSITIVE_INT, 48, ''),
-            ('encoder_dropout', utils.FRACTION, 0.0, ''),
-            ('mlp_layers', utils.COUNT, 3, ''),
-            ('mlp_hidden_size', utils.POSITIVE_INT, 200, ''),
-            ('mlp_dropout', utils.FRACTION, 0.1, ''),
-            ('decoder_layers', utils.POSITIVE_INT, 1, ''),
-            ('decoder_hidden_size', utils.POSITIVE_INT, 96, ''),
-            ('decoder_dropout', utils.FRACTION, 0.0, '')):
+            ('encoder_layers', utils.POSITIVE_INT, 1, 'LSTM layers'),
+            ('encoder_hidden_size', utils.POSITIVE_INT, 96, "features of the LSTM's output"),
+            ('encoder_emb_size', utils.POSITIVE_INT, 48, "features of a token's embedding"),
+            ('encoder_dropout', utils.FRACTION, 0.0, 'dropout on embeddings and outputs'),
+            ('mlp_layers', utils.COUNT, 3, 'hidden layers of the performance predictor'),
+            ('mlp_hidden_size', utils.POSITIVE_INT, 200, 'features of each'),
+            ('mlp_dropout', utils.FRACTION, 0.1, 'dropout after each'),
+            ('decoder_layers', utils.POSITIVE_INT, 1, 'LSTM layers'),
+            ('decoder_hidden_size', utils.POSITIVE_INT, 96, "features of the LSTM's output, as the encoder's"),
+            ('decoder_dropout', utils.FRACTION, 0.0, 'dropout on embeddings')):
         group.add_argument(f'--controller_{name}', type=kind, default=default, help=text)
     args = parser.parse_args()
     if args.controller_encoder_hidden_size != args.controller_decoder_hidden_size:
@@ -319,6 +319,9 @@ class Search:
             self.nao, sequences, targets, epochs=args.controller_epochs, batch_size=args.controller_batch_size,
             lr=args.controller_lr, l2_reg=args.controller_l2_reg, trade_off=args.controller_trade_off,
             grad_bound=args.controller_grad_bound, generator=generator, augment=augment, held_out=held_out, report=report)
+        if not math.isfinite(values['loss']):
+            raise utils.NotFiniteError(f'the loss of the controller is {values["loss"]}; the last checkpoint is kept; a '
+                                       'smaller --controller_lr may help')
         self.run.broadcast(self.nao)
         self.run.write_metrics(kind='controller', search_epoch=self.epoch, **values)
         self.phase = 'propose'
@@ -381,11 +384,12 @@ def main() -> None:
     run = utils.Run(args)
     search = Search(args, run)
     search.load()
-    run.open_output()
+    run.open_output(anew=search.resumed is None)
     run.log_start(search.supernet, utils.count_madds(search.supernet, search.task.valid_batches.size, search.pool[0]))
     search.search()
     if search.ranked:
-        run.log(f'finished: the best architecture is {max(search.ranked)[1]}; the ranked ones are in '
+        best = max(search.ranked, key=lambda pair: pair[0])[1]  # of equal ones the first, as in the file
+        run.log(f'finished: the best architecture is {best}; the ranked ones are in '
                 f'{run.output_dir / "arch_pool.final"}, best first')
 
 

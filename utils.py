@@ -10,15 +10,18 @@ import inspect
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,6 +34,8 @@ from datasets import DataError
 
 LOG_EVERY = 100  # steps between two log lines
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
+NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'), np.dtype,
+                type(np.dtype(np.float64)), type(np.dtype(np.float32))]  # what a pickled one, such as an accuracy, needs
 
 
 class UserError(Exception):
@@ -72,6 +77,8 @@ def number(kind: type, least: float, most: float = math.inf, *, above: bool = Fa
 
 
 POSITIVE_INT, COUNT = number(int, 1), number(int, 0)
+SEED = number(int, 0, 2**63 - 1)  # what a generator takes
+BATCH = number(int, 2)  # batch-norm cannot train on a single image
 POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
 KEEP = number(float, 0, 1, above=True)
 FRACTION = number(float, 0, 1)
@@ -84,7 +91,7 @@ def add_run_arguments(parser: Parser, output_dir: str, data: str = 'data') -> No
     group.add_argument('--output_dir', default=output_dir, help='directory of checkpoints and metrics.jsonl; a run that '
                        'finds its checkpoint.pt there goes on from it')
     group.add_argument('--device', help='cpu, cuda, cuda:N or mps; None: CUDA if there is one, else MPS, else the CPU')
-    group.add_argument('--seed', type=COUNT, default=0, help='of all random draws')
+    group.add_argument('--seed', type=SEED, default=0, help='of all random draws')
     group.add_argument('--amp', choices=['off', 'bf16', 'fp16'], default='off', help='mixed precision; off: float32 throughout')
     group.add_argument('--tf32', action='store_true', help='let NVIDIA GPUs round the factors of float32 products to TF32')
     group.add_argument('--save_every', type=COUNT, default=0, metavar='N',
@@ -132,6 +139,8 @@ def choose_device(name: str | None) -> torch.device:
             name = 'cpu'
     try:
         device = torch.device(name)
+        if device.type not in ('cpu', 'cuda', 'mps'):
+            raise RuntimeError('another kind of device')
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -217,14 +226,19 @@ class Run:
             dist.all_reduce(values)
         return values
 
-    def open_output(self) -> None:
-        """Create the output directory; raises UserError if nothing can be written there."""
+    def open_output(self, anew: bool) -> None:
+        """Create the output directory; raises UserError if nothing can be written there.
+
+        anew: there is no checkpoint to go on from, so drop the metrics of a run that was killed before its first one.
+        """
         def create() -> None:
             try:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 probe = self.output_dir / f'.writable-{os.getpid()}'
                 probe.touch()
                 probe.unlink()
+                if anew:
+                    (self.output_dir / 'metrics.jsonl').unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); '
                                 'name a directory that you may write to') from None
@@ -374,9 +388,11 @@ def save_checkpoint(run: Run, state: dict[str, Any], *paths: Path) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            if not isinstance(error, OSError | RuntimeError):  # PyTorch's writer turns a full disk into a RuntimeError
+                raise
             reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
             raise UserError(f'{path} cannot be written ({reason}); the checkpoint before it is intact, '
                             'make room and run the same command again') from None
@@ -387,17 +403,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     `module.`) onto the CPU; `args` becomes a dict. Raises UserError.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBER]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
             state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'{path}: there is no such checkpoint; train first, or name one with --checkpoint') from None
     except Exception as error:  # torch.load raises a dozen kinds for a file that is not what it should be
-        raise UserError(f'{path}: is not a readable checkpoint ({str(error).splitlines()[0][:100]}); it is cut off, '
-                        'damaged or another kind of file') from None
-    if not isinstance(state, dict) or not isinstance(state.get('model'), dict):
-        raise UserError(f'{path}: is not a checkpoint of this project: a dict with "model" is needed')
-    args = state.get('args', {})
-    state['args'] = vars(args) if isinstance(args, argparse.Namespace) else args
+        reason = 'it holds more than tensors and numbers' if isinstance(error, pickle.UnpicklingError) else (
+            f'{error}'.partition('\n')[0][:100] or type(error).__name__)
+        raise UserError(f'{path}: is not a readable checkpoint ({reason}); it is cut off, damaged or another kind of file'
+                        ) from None
+    args = state.get('args', {}) if isinstance(state, dict) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict) or not isinstance(state.get('model'), dict):
+        raise UserError(f'{path}: is not a checkpoint of this project: a dict with "model" and "args" is needed')
+    state['args'] = args
     state['model'] = {name.removeprefix('module.'): value for name, value in state['model'].items()}
     return state
 
@@ -547,6 +567,9 @@ def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batc
                                      **options)
         run.average_statistics(model)
         evaluation = evaluate(run, model, eval_batches)
+        if not math.isfinite(evaluation['loss']):  # the last step broke the weights; they must not become a checkpoint
+            raise NotFiniteError(f'the test loss is {evaluation["loss"]} after {name}; the last checkpoint is kept; a smaller '
+                                 'learning rate may help')
         epoch += 1
         run.log(f'{name} train {describe(training)} | test {describe(evaluation)} lr {rate:.3g} left {clock.left(step)}')
         after_epoch(epoch, step, training, evaluation)
@@ -602,9 +625,9 @@ def add_training_arguments(parser: Parser, batch_size: int, eval_batch_size: int
     group = parser.add_argument_group('training')
     group.add_argument('--mode', choices=['train', 'test'], default='train', help='test: only evaluate a checkpoint')
     group.add_argument('--checkpoint', metavar='PATH', help='what to test; None: checkpoint_best.pt in --output_dir')
-    group.add_argument('--batch_size', type=POSITIVE_INT, default=batch_size, help='images per step')
+    group.add_argument('--batch_size', type=BATCH, default=batch_size, help='images per step')
     group.add_argument('--eval_batch_size', type=POSITIVE_INT, default=eval_batch_size, help='images per evaluation step')
-    group.add_argument('--epochs', type=POSITIVE_INT, default=epochs)
+    group.add_argument('--epochs', type=POSITIVE_INT, default=epochs, help='epochs of the whole training')
     group.add_argument('--l2_reg', type=NOT_NEGATIVE, default=l2_reg, help='weight decay')
     group.add_argument('--compile', action='store_true', help='compile each cell with torch.compile (minutes, then faster on '
                        'GPUs)')
@@ -620,21 +643,28 @@ def parse_training_arguments(parser: Parser) -> argparse.Namespace:
         path = args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt'
         saved = load_checkpoint(path)['args']
         saved.setdefault('fixed_arc', saved.get('arch'))  # the reference's name for it
-        known = {name: saved[name] for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
-                 if saved.get(name) is not None}
-        parser.set_defaults(**known)
-        args = parser.parse_args()
+        known = [f'--{name}={saved[name]}' for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
+                 if saved.get(name) is not None and hasattr(args, name)]
+        try:
+            args = parser.parse_args([*known, *sys.argv[1:]])
+        except UserError as error:
+            raise UserError(f'{path}: its arguments do not suit this program: {error}') from None
     if not args.fixed_arc:
         raise UserError('--fixed_arc is missing: a line of integers, or the path of an arch_pool file')
     return args
 
 
 def read_architecture(args: argparse.Namespace) -> architecture.Architecture:
-    """The architecture that --fixed_arc and --arc_index name; raises UserError."""
+    """The architecture that --fixed_arc and --arc_index name; raises UserError.
+
+    `args` then has the architecture itself: a checkpoint must not depend on a pool file that a later search rewrites.
+    """
     try:
-        return architecture.read(args.fixed_arc, args.arc_index, args.nodes)
+        arch = architecture.read(args.fixed_arc, args.arc_index, args.nodes)
     except architecture.ArchitectureError as error:
         raise UserError(f'--fixed_arc: {error}') from None
+    args.fixed_arc, args.arc_index = str(arch), 0
+    return arch
 
 
 def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Iterable) -> dict[str, float]:
@@ -664,9 +694,9 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     if state:
         load_model(model, state['model'], path)
         load_optimizer(optimizer, state['optimizer'])
-    run.open_output()
+    run.open_output(anew=state is None)
     run.log_start(model, count_madds(model, eval_batches.size))
-    best = state['best_acc_top1'] if state else 0.0
+    best = state['best_acc_top1'] if state else -1.0  # a first network that gets nothing right is the best so far
 
     def after_epoch(epoch: int, step: int, training: dict, evaluation: dict) -> None:
         nonlocal best

@@ -1,0 +1,243 @@
+"""The shell scripts, as people run them: from any directory, with flags and variables of their own."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import NAONET_A, NAONET_B, ROOT, TIMEOUT, files, load, metrics, wait_until
+
+TRAINING = {  # script: (output directory, flags that the published setting has)
+    'train_NAONet_A_36_cifar10.sh': ('exp/NAONet_A_36_cifar10', NAONET_A, {
+        'channels': '36', 'batch_size': '128', 'epochs': '600', 'layers': '6', 'nodes': '5', 'cutout_size': '16',
+        'l2_reg': '0.0003', 'keep_prob': '0.6', 'drop_path_keep_prob': '0.8', 'lr_max': '0.025', 'lr_min': '0.0',
+        'grad_bound': '5.0', 'eval_batch_size': '500', 'use_aux_head': 'True', 'dataset': 'cifar10', 'data': 'data'}),
+    'train_NAONet_A_128_cifar10_4cards.sh': ('exp/NAONet_A_128_cifar10', NAONET_A, {
+        'channels': '128', 'l2_reg': '0.0005', 'keep_prob': '0.6', 'drop_path_keep_prob': '0.7', 'cutout_size': '16',
+        'use_aux_head': 'True', 'epochs': '600', 'layers': '6'}),
+    'train_NAONet_B_36_cifar10.sh': ('exp/NAONet_B_36_cifar10', NAONET_B, {
+        'channels': '36', 'l2_reg': '0.0003', 'keep_prob': '0.6', 'drop_path_keep_prob': '0.8', 'cutout_size': '16',
+        'use_aux_head': 'True', 'epochs': '600', 'layers': '6'}),
+}
+SEARCH = 'train_search_NAO-WS_cifar10.sh'
+TINY_TRAINING = ['--dataset=digits', '--device=cpu', '--channels=2', '--layers=1', '--epochs=1', '--batch_size=500',
+                 '--drop_path_keep_prob=1']
+TINY_SEARCH = ['--dataset=digits', '--device=cpu', '--child_channels=2', '--child_layers=1', '--child_nodes=1',
+               '--child_epochs=1', '--child_batch_size=500', '--child_eval_batch_size=20', '--controller_seed_arch=5',
+               '--child_rank_count=1', '--child_rank_epochs=1']
+SCRIPTS = [path.relative_to(ROOT) for folder in ('.', 'tests', 'tools') for path in sorted((ROOT / folder).glob('*.sh'))]
+
+
+def environment(**variables):
+    kept = {name: value for name, value in os.environ.items()
+            if name not in ('MODEL', 'OUTPUT_DIR', 'DATA_DIR', 'fixed_arc', 'VIRTUAL_ENV', 'CONDA_PREFIX')}
+    return kept | {'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'} | variables
+
+
+def script(name, *flags, cwd, **variables):
+    """Run a script with bash from `cwd`."""
+    return subprocess.run(['bash', ROOT / name, *flags], cwd=cwd, env=environment(**variables), capture_output=True, text=True,
+                          timeout=TIMEOUT, check=False)
+
+
+def echo(tmp_path):
+    """A program in place of Python that prints its arguments: shows what a script runs, at no cost."""
+    program = tmp_path / 'bin' / 'python'
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nfor argument; do echo "argument: $argument"; done\n')
+    program.chmod(0o755)
+    return {'PYTHON': str(program)}
+
+
+@pytest.fixture(scope='module', params=TRAINING)
+def trained(request, tmp_path_factory):
+    """A script and its folder after one tiny epoch and a second run with one more."""
+    folder = tmp_path_factory.mktemp('another place')
+    runs = [script(request.param, *TINY_TRAINING, cwd=folder), script(request.param, *TINY_TRAINING, '--epochs=2', cwd=folder)]
+    return request.param, folder, runs
+
+
+def test_a_training_script_trains_from_any_directory(trained):
+    name, folder, (first, _) = trained
+    output_dir, arch, _ = TRAINING[name]
+    assert first.returncode == 0, first
+    assert f'--fixed_arc={arch} ' in first.stdout
+    assert files(folder / output_dir) == ['checkpoint.pt', 'checkpoint_best.pt', 'metrics.jsonl', 'train.log']
+    state = load(folder / output_dir / 'checkpoint.pt')
+    assert any(key.startswith('auxiliary_head') for key in state['model'])
+    assert state['args']['channels'] == 2  # flags of the user come after the script's own
+
+
+def test_a_second_run_goes_on_and_appends_to_the_log(trained):
+    name, folder, (first, second) = trained
+    output_dir = folder / TRAINING[name][0]
+    assert second.returncode == 0 and 'resumed after epoch 1' in second.stdout
+    assert (output_dir / 'train.log').read_text() == first.stdout + second.stdout
+    assert [line['epoch'] for line in metrics(output_dir)] == [1, 2]
+
+
+@pytest.mark.parametrize('name', TRAINING)
+def test_a_training_script_has_the_published_setting(name, tmp_path):
+    output_dir, arch, flags = TRAINING[name]
+    result = script(name, cwd=tmp_path, **echo(tmp_path))
+    assert result.returncode == 0, result
+    arguments = re.findall(r'^argument: (.*)$', result.stdout, re.M)
+    given = dict(argument.removeprefix('--').partition('=')[::2] for argument in arguments if argument.startswith('--'))
+    assert given['fixed_arc'] == arch and given['output_dir'] == output_dir
+    for flag, value in flags.items():
+        actual = given[flag] if value != 'True' else str(flag in given)
+        assert actual == value or float(actual) == float(value), flag
+
+
+def test_the_search_script_has_the_published_setting(tmp_path):
+    result = script(SEARCH, cwd=tmp_path, **echo(tmp_path))
+    for flag in ('data=data', 'dataset=cifar10', 'output_dir=exp/search_cifar10', 'child_batch_size=64', 'child_epochs=150',
+                 'child_eval_batch_size=500', 'child_layers=3', 'child_nodes=5', 'child_channels=20', 'child_eval_epochs=30',
+                 'child_lr_max=0.025', 'child_lr_min=0.001', 'child_keep_prob=1.0', 'child_drop_path_keep_prob=0.9',
+                 'child_l2_reg=3e-4', 'controller_seed_arch=600', 'controller_new_arch=300'):
+        assert f'argument: --{flag}\n' in result.stdout
+
+
+@pytest.mark.parametrize('name', [*TRAINING, SEARCH])
+def test_variables_override_what_a_script_starts_with_and_flags_pass_through(name, tmp_path):
+    variables = {'OUTPUT_DIR': str(tmp_path / 'my output'), 'DATA_DIR': 'my data', 'fixed_arc': 'some where/arch_pool.final'}
+    result = script(name, '--epochs=1', '--two words', '--star=*', cwd=tmp_path, **variables, **echo(tmp_path))
+    assert result.returncode == 0, result
+    wanted = [f'--output_dir={tmp_path / "my output"}', '--data=my data', '--epochs=1', '--two words', '--star=*']
+    for argument in wanted + [f'--fixed_arc={variables["fixed_arc"]}'] * (name in TRAINING):
+        assert f'argument: {argument}\n' in result.stdout
+    assert (tmp_path / 'my output' / 'train.log').read_text() == result.stdout
+    other = script(name, cwd=tmp_path, MODEL='mine', PYTHON=str(tmp_path / 'bin' / 'python'))
+    assert 'argument: --output_dir=exp/mine\n' in other.stdout and (tmp_path / 'exp' / 'mine' / 'train.log').exists()
+
+
+def test_the_search_script_searches_and_its_result_goes_into_a_training_script(tmp_path):
+    result = script(SEARCH, *TINY_SEARCH, cwd=tmp_path)
+    assert result.returncode == 0, result
+    output_dir = tmp_path / 'exp' / 'search_cifar10'
+    assert {'arch_pool', 'arch_pool.1', 'arch_pool.final', 'arch_pool.perf.final', 'checkpoint.pt', 'train.log'} <= set(
+        files(output_dir))
+    assert (output_dir / 'train.log').read_text() == result.stdout
+    best = (output_dir / 'arch_pool.final').read_text().splitlines()[0]
+    trained = script('train_NAONet_B_36_cifar10.sh', *TINY_TRAINING, '--nodes=1', cwd=tmp_path, OUTPUT_DIR='out',
+                     fixed_arc='exp/search_cifar10/arch_pool.final')
+    assert trained.returncode == 0 and f'--fixed_arc={best} ' in trained.stdout
+    tested = script('train_NAONet_B_36_cifar10.sh', *TINY_TRAINING, '--nodes=1', '--mode=test', cwd=tmp_path, OUTPUT_DIR='out',
+                    fixed_arc='exp/search_cifar10/arch_pool.final')
+    assert tested.returncode == 0 and re.search(r'top-1 error \d+\.\d+ % top-5 error \d+\.\d+ %', tested.stdout)
+
+
+@pytest.mark.parametrize('name, flag', [('train_NAONet_A_36_cifar10.sh', '--epochs=0'), (SEARCH, '--child_epochs=0')])
+def test_a_failing_program_makes_the_script_fail_and_leaves_nothing_behind(name, flag, tmp_path):
+    result = script(name, flag, cwd=tmp_path)
+    assert result.returncode == 2 and flag[:-2] in result.stdout + result.stderr
+    assert files(tmp_path) == []
+    (tmp_path / 'exp').mkdir()  # what was there stays
+    (tmp_path / 'exp' / 'mine').write_text('keep me')
+    assert script(name, flag, cwd=tmp_path).returncode == 2
+    assert files(tmp_path) == ['exp', 'exp/mine']
+
+
+@pytest.mark.parametrize('status', [1, 3, 130])
+def test_a_script_ends_with_the_programs_status(status, tmp_path):
+    program = tmp_path / 'python'
+    program.write_text(f'#!/bin/sh\necho failed\nexit {status}\n')
+    program.chmod(0o755)
+    for name in [*TRAINING, SEARCH]:
+        result = script(name, cwd=tmp_path, PYTHON=str(program), OUTPUT_DIR='out')
+        assert result.returncode == status
+    assert (tmp_path / 'out' / 'train.log').read_text() == 'failed\n' * 4
+
+
+def test_a_program_that_fails_in_an_existing_directory_leaves_it_as_it_is(tmp_path):
+    (tmp_path / 'out').mkdir()
+    for before in ([], ['train.log']):
+        result = script('train_NAONet_A_36_cifar10.sh', '--epochs=0', cwd=tmp_path, OUTPUT_DIR='out')
+        assert result.returncode == 2
+        assert files(tmp_path / 'out') == before
+        (tmp_path / 'out' / 'train.log').write_text('a run before\n')
+    assert (tmp_path / 'out' / 'train.log').read_text().startswith('a run before\n')
+
+
+def test_an_output_directory_that_cannot_be_made_ends_in_one_line_and_status_2(tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    result = script('train_NAONet_A_36_cifar10.sh', cwd=tmp_path, OUTPUT_DIR='file/out', **echo(tmp_path))
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]
+    assert 'OUTPUT_DIR=file/out cannot be written' in line
+    assert len(result.stderr.splitlines()) == 1
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_ctrl_c_ends_script_and_program_with_the_last_line_in_the_log(tmp_path):
+    process = subprocess.Popen(['bash', ROOT / 'train_NAONet_B_36_cifar10.sh', *TINY_TRAINING, '--epochs=1000'], cwd=tmp_path,
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    log = tmp_path / 'exp' / 'NAONet_B_36_cifar10' / 'train.log'
+    try:
+        wait_until(lambda: log.exists() and 'epoch 1/1000' in log.read_text())
+        os.killpg(process.pid, signal.SIGINT)  # as the terminal does
+        output, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert output == log.read_text()
+    assert 'the same command goes on from the last checkpoint' in output.splitlines()[-1]
+    assert 'Traceback' not in output
+
+
+def test_nvidia_smi_is_called_where_it_exists_and_may_fail(tmp_path):
+    variables = echo(tmp_path)
+    smi = tmp_path / 'bin' / 'nvidia-smi'
+    smi.write_text('#!/bin/sh\necho a GPU\nexit 9\n')
+    smi.chmod(0o755)
+    path = f'{smi.parent}{os.pathsep}{os.environ["PATH"]}'
+    result = script(SEARCH, cwd=tmp_path, PATH=path, **variables)
+    assert result.returncode == 0 and 'a GPU' in result.stdout and 'argument: --dataset=cifar10' in result.stdout
+    if not shutil.which('nvidia-smi'):
+        without = script(SEARCH, cwd=tmp_path, **variables)
+        assert without.returncode == 0 and without.stderr == '' and 'GPU' not in without.stdout
+
+
+def test_quickstart_searches_trains_evaluates_and_says_what_it_found(tmp_path):
+    """Quickstart with a program in place of Python that writes what the real ones do; the real run takes minutes."""
+    program = tmp_path / 'python'
+    arch = '0 1 2 3'
+    program.write_text(f"""#!/bin/sh
+echo "$*" >> {tmp_path}/calls
+for argument; do case $argument in --output_dir=*) out=${{argument#*=}};; esac; done
+case "$*" in
+*train_search.py*) echo "{arch}" > "$out/arch_pool.final" ;;
+*--mode=test*) echo "2026-01-01 $out/checkpoint_best.pt: loss 0.1000 top-1 error 2.50 % top-5 error 0.10 % on 360 images" ;;
+esac
+""")
+    program.chmod(0o755)
+    project = tmp_path / 'project'
+    shutil.copytree(ROOT / 'tools', project / 'tools')
+    shutil.copy(ROOT / 'quickstart.sh', project)
+    shutil.copy(ROOT / 'requirements.txt', project)
+    (project / '.venv').mkdir()
+    checksum = subprocess.run("cat requirements.txt | cksum | tr ' ' '-'", shell=True, cwd=project, capture_output=True,
+                              text=True, check=True).stdout.strip()
+    (project / '.venv' / f'installed-{checksum}').touch()  # installed already: a second run installs nothing
+    result = subprocess.run(['bash', project / 'quickstart.sh'], cwd=tmp_path, env=environment(PYTHON=str(program)),
+                            capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 0, result
+    search, train, test = (tmp_path / 'calls').read_text().splitlines()
+    assert 'train_search.py' in search and '--dataset=digits' in search
+    assert 'train_cifar.py' in train and '--fixed_arc=exp/quickstart/search/arch_pool.final' in train
+    assert '--mode=test' in test
+    end = result.stdout[-600:]
+    for word in (arch, '97.5 %', 'exp/quickstart/search', 'exp/quickstart/train', 'checkpoint_best.pt'):
+        assert word in end
+
+
+@pytest.mark.parametrize('name', [*SCRIPTS, Path('.ci/run')], ids=str)
+def test_scripts_are_valid_bash(name):
+    result = subprocess.run(['bash', '-n', ROOT / name], capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and result.stderr == ''
