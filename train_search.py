@@ -1,19 +1,26 @@
-"""Search for an architecture by NAO-WS (paper, section 3 and appendix; Algorithm 1 with weight sharing).
+"""Search for an architecture by NAO-WS or by NAO, the complete way (paper, section 3 and appendix; Algorithm 1).
 
     python train_search.py --output_dir=exp/search_cifar10       # search; again: goes on where it stopped
+    python train_search.py --method=NAO --output_dir=exp/nao     # every candidate is trained on its own
+    torchrun --nproc_per_node=4 train_search.py ...              # on four GPUs; --nnodes for several machines
     python train_cifar.py --fixed_arc=exp/search_cifar10/arch_pool.final --use_aux_head --cutout_size=16
 
-A supernet trains on random architectures of a pool; now and then every architecture of the pool is scored, the controller
-learns which are good and writes new ones, which replace the worst; at last the best are trained from scratch and ranked.
-A round is a few phases, and the checkpoint says which comes next:
+NAO-WS: a supernet trains on random architectures of a pool; now and then every architecture of the pool is scored, the
+controller learns which are good and writes new ones, which replace the worst; at last the best are trained from scratch and
+ranked. A search is a sequence of phases, and the checkpoint says which comes next:
 
-    train (until the next scoring) -> score -> fit -> propose -> train ... score -> rank (one architecture at a time) -> done
+    NAO-WS  train (until the next scoring) -> score -> fit -> propose -> train ... score -> rank -> done
+    NAO     evaluate (train the candidates) -> fit -> propose -> evaluate ... -> rank -> done
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import shutil
+import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,7 +40,17 @@ TRAIN_SHARE = 0.9  # of the training images; the rest validates
 IMAGENET_RANK_STEPS = 500  # of training one of the best from scratch on ImageNet
 SEEDS_OF_NEW = 100  # the best architectures, from which the controller ascends
 LAMBDAS = range(1, 51)  # step sizes of the ascent, until there are enough new architectures
+COMPLETE_LAMBDAS = (10, 20, 30)  # those of NAO, the complete way
 RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB = 0.6, 0.8  # of the final trainings from scratch
+
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    'NAO-WS': {'search_space': 'small'},
+    'NAO': {'search_space': 'large', 'child_epochs': 25, 'child_channels': 32, 'child_lr_max': 0.024, 'child_lr_min': 0.0,
+            'child_drop_path_keep_prob': 0.7, 'child_use_aux_head': True},
+}
+CONTROLLER_SIZES = ('encoder_layers', 'encoder_hidden_size', 'encoder_emb_size', 'encoder_dropout', 'mlp_layers',
+                    'mlp_hidden_size', 'mlp_dropout', 'decoder_layers', 'decoder_hidden_size', 'decoder_dropout')
 
 
 def eval_epochs(text: str) -> int | list[int]:
@@ -50,8 +67,12 @@ def eval_epochs(text: str) -> int | list[int]:
 
 def parse_args() -> argparse.Namespace:
     """The program's flags."""
-    parser = utils.Parser('Search for an architecture by NAO-WS.')
+    parser = utils.Parser('Search for an architecture by NAO-WS or NAO.')
     utils.add_run_arguments(parser, output_dir='exp/search_cifar10')
+    parser.add_argument('--method', choices=METHODS, default='NAO-WS', help='NAO-WS: with weight sharing; NAO: every candidate '
+                        'is trained on its own')
+    parser.add_argument('--search_space', choices=architecture.SEARCH_SPACES, help='None: small for NAO-WS, large for NAO')
+    parser.add_argument('--rounds', type=utils.POSITIVE_INT, default=3, help='NAO: rounds of new candidates after the first')
     parser.add_argument('--dataset', choices=[*datasets.SOURCES, 'imagenet'], default='cifar10',
                         help='imagenet: any folder of images in class folders, see --data')
     utils.add_file_arguments(parser)
@@ -79,7 +100,8 @@ def parse_args() -> argparse.Namespace:
             ('rank_count', utils.COUNT, 5, 'how many of the best are trained from scratch at the end'),
             ('rank_epochs', utils.POSITIVE_INT, 10, 'epochs of each training from scratch')):
         group.add_argument(f'--child_{name}', type=kind, default=default, help=text)
-    group.add_argument('--child_use_aux_head', action='store_true', help='train with the auxiliary head')
+    group.add_argument('--child_use_aux_head', action=argparse.BooleanOptionalAction, default=False,
+                       help='train with the auxiliary head')
     group = parser.add_argument_group('controller')
     for name, kind, default, text in (
             ('seed_arch', utils.POSITIVE_INT, 600, 'architectures in the pool'),
@@ -103,7 +125,12 @@ def parse_args() -> argparse.Namespace:
             ('decoder_hidden_size', utils.POSITIVE_INT, 96, "features of the LSTM's output, as the encoder's"),
             ('decoder_dropout', utils.FRACTION, 0.0, 'dropout on embeddings')):
         group.add_argument(f'--controller_{name}', type=kind, default=default, help=text)
+    method = parser.parse_args().method
+    parser.set_defaults(**METHOD_DEFAULTS[method])
     args = parser.parse_args()
+    if method == 'NAO-WS' and args.search_space != 'small':
+        raise utils.UserError('--search_space=large: the weight-sharing network has the operations of the small space; use '
+                              '--method=NAO for the large one')
     if args.controller_encoder_hidden_size != args.controller_decoder_hidden_size:
         raise utils.UserError('--controller_encoder_hidden_size and --controller_decoder_hidden_size must be equal: the '
                               'decoder starts from the embedding')
@@ -117,14 +144,22 @@ def write_lines(path: Path, lines: list) -> None:
     temporary.replace(path)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file and see it to the disk."""
+    with open(path, 'a') as file:
+        file.write(line + '\n')
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class Task(NamedTuple):
     """What a data set brings to a search."""
 
     classes: int
     supernet: type[Supernet]
     network: type[FixedNetwork]
-    train_batches: Callable[[], Iterable]  # makes batches of the training split, drawn from the run's generators
-    valid_batches: Iterable
+    train_batches: Callable[[utils.Run], Iterable]  # batches of the training split, drawn from a run's generators
+    valid_batches: Callable[[utils.Run], Iterable]
     lr: Callable[[int], float]  # epoch, from 0 -> the supernet's learning rate
     label_smooth: float
     rank_options: dict[str, Any]  # of utils.fit, for training one of the best from scratch
@@ -135,11 +170,16 @@ def open_small_images(args: argparse.Namespace, run: utils.Run) -> Task:
     data = run.first_alone(partial(datasets.load, args.dataset, args.data, True, run.device))
     split = int(TRAIN_SHARE * len(data))
     rates = {'lr_max': args.child_lr_max, 'lr_min': args.child_lr_min}
+    train_set, valid_set = data.select(range(split)), data.select(range(split, len(data)))
+
+    def train_batches(run: utils.Run) -> Iterable:
+        return datasets.TrainBatches(train_set, args.child_batch_size, run.generators['data'], args.child_cutout_size, run.rank,
+                                     run.world)
+
+    def valid_batches(run: utils.Run) -> Iterable:
+        return datasets.EvalBatches(valid_set, args.child_eval_batch_size, run.rank, run.world)
     return Task(
-        datasets.SOURCES[args.dataset].classes, NASWSNetworkCIFAR, NASNetworkCIFAR,
-        partial(datasets.TrainBatches, data.select(range(split)), args.child_batch_size, run.generators['data'],
-                args.child_cutout_size, run.rank, run.world),
-        datasets.EvalBatches(data.select(range(split, len(data))), args.child_eval_batch_size, run.rank, run.world),
+        datasets.SOURCES[args.dataset].classes, NASWSNetworkCIFAR, NASNetworkCIFAR, train_batches, valid_batches,
         partial(utils.cosine, epochs=args.child_epochs, **rates), 0.0,
         {'epochs': args.child_rank_epochs, 'lr': partial(utils.cosine, epochs=args.child_rank_epochs, **rates)})
 
@@ -151,13 +191,18 @@ def open_imagenet(args: argparse.Namespace, run: utils.Run) -> Task:
                                                   run.is_first)
     order = torch.randperm(len(train_files), generator=torch.Generator().manual_seed(args.seed))
     split = int(TRAIN_SHARE * len(order))
-    train_batches = partial(datasets.FileBatches, train_files, args.child_batch_size, run.device, args.workers, order[:split],
-                            run.generators['data'], run.rank, run.world)
-    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.batch_bounds(split, args.child_batch_size, 2 * run.world)))
+    valid_files = train_files.evaluated()
+
+    def train_batches(run: utils.Run) -> Iterable:
+        return datasets.FileBatches(train_files, args.child_batch_size, run.device, args.workers, order[:split],
+                                    run.generators['data'], run.rank, run.world)
+
+    def valid_batches(run: utils.Run) -> Iterable:
+        return datasets.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, order[split:],
+                                    rank=run.rank, world=run.world)
+    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.batch_bounds(split, args.child_batch_size)))
     return Task(
-        len(classes), NASWSNetworkImageNet, NASNetworkImageNet, train_batches,
-        datasets.FileBatches(train_files.evaluated(), args.child_eval_batch_size, run.device, args.workers, order[split:],
-                             rank=run.rank, world=run.world),
+        len(classes), NASWSNetworkImageNet, NASNetworkImageNet, train_batches, valid_batches,
         partial(utils.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),
         args.child_label_smooth,
         {'epochs': epochs, 'lr': lambda epoch: args.child_lr, 'max_steps': math.ceil(IMAGENET_RANK_STEPS / epochs)})
@@ -182,28 +227,26 @@ def score_pool(run: utils.Run, supernet: Supernet, pool: Sequence[Architecture],
 
 
 class Search:
-    """A search's state, and a method for each of its phases; a method ends by saying which phase comes next."""
+    """What both methods share: the pool, the controller that learns from it, and trainings from scratch.
+
+    A search is a sequence of phases; each is a method that ends by naming the next one in `phase`, and a checkpoint is
+    written after each.
+    """
+
+    phases: tuple[str, ...]
+    fields: tuple[str, ...] = ('phase', 'accuracies')  # what a checkpoint holds beside networks and pool
 
     def __init__(self, args: argparse.Namespace, run: utils.Run):
         self.args, self.run = args, run
-        self.vocabulary = architecture.vocabulary(args.child_nodes, 'small')
+        self.vocabulary = architecture.vocabulary(args.child_nodes, args.search_space)
         self.pool = self.first_pool()
-        self.task = (open_imagenet if args.dataset == 'imagenet' else open_small_images)(args, run)
-        self.batches = self.task.train_batches()
-        self.supernet = run.place(self.task.supernet(
-            self.task.classes, args.child_layers, args.child_nodes, args.child_channels, args.child_keep_prob,
-            args.child_drop_path_keep_prob, args.child_use_aux_head, args.child_epochs * len(self.batches)))
-        self.optimizer = utils.sgd(run, self.supernet, args.child_l2_reg)
-        sizes = {name: getattr(args, f'controller_{name}') for name in (
-            'encoder_layers', 'encoder_hidden_size', 'encoder_emb_size', 'encoder_dropout', 'mlp_layers',
-            'mlp_hidden_size', 'mlp_dropout', 'decoder_layers', 'decoder_hidden_size', 'decoder_dropout')}
-        allowed = self.vocabulary.allowed_tokens
-        self.nao = controller.NAO(allowed, self.vocabulary.size, len(allowed) // 2, **sizes).to(run.device)
-        self.epoch, self.step, self.phase = 0, 0, 'train'
-        self.parallel, self.resumed = self.supernet, None
         self.accuracies: list[float] = []
-        self.ranked: list[tuple[float, str]] = []
-        self.clock = utils.Clock(0, 1)
+        self.task = (open_imagenet if args.dataset == 'imagenet' else open_small_images)(args, run)
+        allowed = self.vocabulary.allowed_tokens
+        sizes = {name: getattr(args, f'controller_{name}') for name in CONTROLLER_SIZES}
+        self.nao = controller.NAO(allowed, self.vocabulary.size, len(allowed) // 2, **sizes).to(run.device)
+        run.broadcast(self.nao)
+        self.phase, self.resumed = self.phases[0], None
 
     def first_pool(self) -> list[Architecture]:
         """The pool file that the user names, or random architectures."""
@@ -221,39 +264,225 @@ class Search:
         """Where the search's state is kept."""
         return self.run.output_dir / 'checkpoint.pt'
 
-    def load(self) -> None:
-        """Go on from the checkpoint in the output directory, if there is one."""
+    def load(self) -> dict[str, Any] | None:
+        """Go on from the checkpoint in the output directory, if there is one; returns it."""
         state = self.run.together(lambda: utils.load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None)
         if state is None:
-            return
-        if 'phase' not in state:
-            raise utils.UserError(f'{self.checkpoint} is not the checkpoint of a search; name another --output_dir')
-        utils.load_model(self.supernet, state['model'], self.checkpoint)
+            return None
+        if state.get('phase') not in (*self.phases, 'done'):
+            raise utils.UserError(f'{self.checkpoint} is not the checkpoint of a search by --method={self.args.method}; name '
+                                  'another --output_dir')
         utils.load_model(self.nao, state['controller'], self.checkpoint)
-        utils.load_optimizer(self.optimizer, state['optimizer'])
         self.pool = [architecture.parse(line) for line in state['pool']]
-        for name in ('epoch', 'step', 'phase', 'accuracies', 'ranked'):
+        for name in self.fields:
             setattr(self, name, state[name])
         self.resumed = {name: state[name] for name in ('args', 'random', 'scaler', 'metrics_bytes')}
+        return state
 
-    def save(self) -> None:
+    def save(self, **more: Any) -> None:
         """Write the checkpoint."""
-        state = self.run.state() | {
-            'model': self.supernet.state_dict(), 'controller': self.nao.state_dict(), 'optimizer': self.optimizer.state_dict(),
-            'pool': [str(arch) for arch in self.pool], 'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
-        state |= {name: getattr(self, name) for name in ('epoch', 'step', 'phase', 'accuracies', 'ranked')}
-        paths = [self.checkpoint]
-        if self.phase in ('train', 'score') and self.args.save_every and self.epoch % self.args.save_every == 0:
-            paths.insert(0, self.run.output_dir / f'checkpoint_{self.epoch}.pt')
-        utils.save_checkpoint(self.run, state, *paths)
+        state = self.run.state() | {'model': {}, 'controller': self.nao.state_dict(), 'pool': [str(arch) for arch in self.pool],
+                                    'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
+        utils.save_checkpoint(self.run, state | {name: getattr(self, name) for name in self.fields} | more, self.checkpoint)
 
-    def write_pool(self, suffix: str, pool: list, accuracies: list[float] | None = None) -> None:
+    def search(self) -> None:
+        """Run phase after phase to the end, with a checkpoint before the first and after each."""
+        if self.resumed:
+            self.run.resume(self.resumed, f'{self.progress()}, next: {self.phase}')
+        else:
+            self.save()
+        while self.phase in self.phases:
+            getattr(self, self.phase)()
+            self.save()
+
+    def write_pool(self, suffix: str, pool: Sequence, accuracies: Sequence[float] | None = None) -> None:
         """Write arch_pool{suffix}, and arch_pool.perf{suffix} where there are accuracies."""
         if not self.run.is_first:
             return
         write_lines(self.run.output_dir / f'arch_pool{suffix}', pool)
         if accuracies is not None:
             write_lines(self.run.output_dir / f'arch_pool.perf{suffix}', accuracies)
+
+    def sort_pool(self, accuracies: Sequence[float], number: int, what: str) -> None:
+        """Sort the pool by its accuracies, best first, and write it as arch_pool and arch_pool.NUMBER."""
+        order = sorted(range(len(self.pool)), key=lambda index: -accuracies[index])
+        self.pool, self.accuracies = [self.pool[i] for i in order], [accuracies[i] for i in order]
+        for suffix in (f'.{number}', ''):
+            self.write_pool(suffix, self.pool, self.accuracies)
+        mean = sum(accuracies) / len(accuracies)
+        self.run.log(f'{what}: best {self.accuracies[0]:.4f}, mean {mean:.4f}, worst {self.accuracies[-1]:.4f}')
+        self.run.write_metrics(kind='score', epoch=number, accuracies=self.accuracies, best_arch=str(self.pool[0]))
+
+    def tokens(self, pool: Sequence[Architecture]) -> torch.Tensor:
+        """The pool as the controller's sequences, (count, 8·nodes)."""
+        return torch.tensor([self.vocabulary.encode(arch) for arch in pool], device=self.run.device)
+
+    def fit(self) -> None:
+        """Train the controller on the pool and its accuracies."""
+        args, generator = self.args, self.run.generators['search']
+        sequences, targets = self.tokens(self.pool), controller.scale(self.accuracies).to(self.run.device)
+        augment, held_out = architecture.swap_operands, None
+        if args.controller_expand:
+            order = torch.randperm(len(sequences), generator=generator).to(self.run.device)
+            train, test = order[len(order) // 10:], order[:len(order) // 10]
+            held_out = (sequences[test], targets[test]) if len(test) else None
+            copies = [sequences[train]] + [architecture.swap_operands(sequences[train], generator)
+                                           for _ in range(args.controller_expand - 1)]
+            sequences, targets, augment = torch.cat(copies), targets[train].repeat(args.controller_expand, 1), None
+
+        def report(values: dict[str, float]) -> None:
+            self.run.log(f'controller epoch {values["epoch"]}/{args.controller_epochs} loss {values["loss"]:.5f} pairwise '
+                         f'accuracy {values["pairwise_accuracy"]:.4f} Hamming distance {values["hamming_distance"]:.4f}')
+        values = controller.fit(
+            self.nao, sequences, targets, epochs=args.controller_epochs, batch_size=args.controller_batch_size,
+            lr=args.controller_lr, l2_reg=args.controller_l2_reg, trade_off=args.controller_trade_off,
+            grad_bound=args.controller_grad_bound, generator=generator, augment=augment, held_out=held_out, report=report)
+        if not math.isfinite(values['loss']):
+            raise utils.NotFiniteError(f'the loss of the controller is {values["loss"]}; the last checkpoint is kept; a '
+                                       'smaller --controller_lr may help')
+        self.run.broadcast(self.nao)
+        self.run.write_metrics(kind='controller', search_epoch=self.number(), **values)
+        self.phase = 'propose'
+
+    def new_architectures(self, count: int, lambdas: Iterable[float]) -> list[Architecture]:
+        """Let the controller write up to `count` architectures that are not in the pool."""
+        new, per_lambda = self.run.together(lambda: controller.new_architectures(
+            self.nao, self.tokens(self.pool[:SEEDS_OF_NEW]), [self.vocabulary.encode(arch) for arch in self.pool], count,
+            lambdas))
+        self.run.log(f'{len(new)} new architectures, per λ: {per_lambda}')
+        self.run.write_metrics(kind='new', epoch=self.number(), new=len(new), per_lambda=per_lambda)
+        return [self.vocabulary.decode(tokens) for tokens in new]
+
+    def rank(self) -> None:
+        """Train the best architectures from scratch, as the found one will be, and write arch_pool.final."""
+        best = self.pool[:self.args.child_rank_count]
+        accuracies = self.train_all('rank', best, RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB, True, self.task.rank_options)
+        for index, (arch, accuracy) in enumerate(zip(best, accuracies, strict=True)):
+            self.run.write_metrics(kind='rank', index=index, accuracy=accuracy, arch=str(arch))
+        ranked = sorted(zip(accuracies, best, strict=True), key=lambda pair: -pair[0])
+        self.write_pool('.final', [arch for _, arch in ranked], [accuracy for accuracy, _ in ranked])
+        if ranked:
+            self.run.log(f'finished: the best architecture is {ranked[0][1]}; the ranked ones are in '
+                         f'{self.run.output_dir / "arch_pool.final"}, best first')
+        self.phase = 'done'
+
+    def train_all(self, kind: str, archs: Sequence[Architecture], keep_prob: float, drop_path_keep_prob: float,
+                  use_aux_head: bool, options: dict[str, Any]) -> list[float]:
+        """Train each architecture on its own and return their accuracies on the validation split, 0-1.
+
+        Every process takes the next one that nobody has; a result is written to results.RANK.jsonl as soon as it is there
+        and never made again. One that fails (out of memory, loss not finite) is logged and counts 0.
+        """
+        alone = self.run.alone()
+        results = self.results(kind)
+        todo = [arch for arch in archs if str(arch) not in results]
+        for index in self.run.queue(f'{kind} {self.number()}', len(todo)):
+            arch, start, more = str(todo[index]), time.monotonic(), {}
+            title = f'{kind} {len(archs) - len(todo) + index + 1}/{len(archs)} '
+            try:
+                accuracy = self.train_from_scratch(alone, kind, todo[index], title, keep_prob, drop_path_keep_prob,
+                                                   use_aux_head, options)
+            except (RuntimeError, utils.NotFiniteError) as error:
+                accuracy, more = 0.0, {'error': str(error).partition('\n')[0]}
+                alone.log(f'{title}failed and counts 0: {more["error"]}')
+            append_line(self.run.output_dir / f'results.{self.run.rank}.jsonl', json.dumps(
+                {'kind': kind, 'arch': arch, 'accuracy': accuracy, 'seconds': time.monotonic() - start, **more}))
+            self.candidate_checkpoint(kind, arch).unlink(missing_ok=True)
+        self.run.reseed(f'after {kind}', self.number())  # who trained what must not matter to what follows
+        results = self.results(kind)
+        return [results[str(arch)] for arch in archs]
+
+    def results(self, kind: str) -> dict[str, float]:
+        """Architecture -> accuracy, of all trainings of this kind that any process has finished."""
+        mine = {}
+        for path in sorted(self.run.output_dir.glob('results.*.jsonl')):
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was killed
+                    result = json.loads(line)
+                    if result['kind'] == kind:
+                        mine[result['arch']] = result['accuracy']
+        return {arch: accuracy for part in self.run.gather(mine) for arch, accuracy in part.items()}
+
+    def candidate_checkpoint(self, kind: str, arch: str) -> Path:
+        """Where an unfinished training from scratch is kept."""
+        return self.run.output_dir / f'{kind}-{zlib.crc32(arch.encode()):08x}.pt'
+
+    def train_from_scratch(self, run: utils.Run, kind: str, arch: Architecture, title: str, keep_prob: float,
+                           drop_path_keep_prob: float, use_aux_head: bool, options: dict[str, Any]) -> float:
+        """Train one architecture on the training split; its accuracy on the validation split, 0-1.
+
+        All draws follow from --seed and the architecture, so that order, process and interruptions make no difference; a
+        training that was interrupted goes on from its last epoch.
+        """
+        args, task, path = self.args, self.task, self.candidate_checkpoint(kind, str(arch))
+        run.reseed(kind, str(arch))
+        batches = task.train_batches(run)
+        steps = options['epochs'] * min(len(batches), options.get('max_steps', len(batches)))
+        network = run.place(task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels, keep_prob,
+                                         drop_path_keep_prob, use_aux_head, steps, arch))
+        optimizer, state = utils.sgd(run, network, args.child_l2_reg), None
+        if path.exists():
+            state = utils.load_checkpoint(path)
+            utils.load_model(network, state['model'], path)
+            utils.load_optimizer(optimizer, state['optimizer'])
+
+        def after_epoch(epoch: int, step: int, training: dict, evaluation: dict) -> None:
+            if epoch < options['epochs']:
+                utils.save_checkpoint(run, run.state() | {'model': network.state_dict(), 'optimizer': optimizer.state_dict(),
+                                                          'epoch': epoch, 'step': step}, path)
+        values = utils.fit(run, network, optimizer, batches, task.valid_batches(run), title=title, state=state,
+                           after_epoch=after_epoch, grad_bound=args.child_grad_bound, label_smooth=task.label_smooth, **options)
+        return values['top1'] / 100
+
+
+class WeightSharingSearch(Search):
+    """NAO-WS: a supernet trains on architectures of the pool, which it then scores."""
+
+    phases = ('train', 'score', 'fit', 'propose', 'rank')
+    fields = (*Search.fields, 'epoch', 'step')
+
+    def __init__(self, args: argparse.Namespace, run: utils.Run):
+        super().__init__(args, run)
+        self.batches = self.task.train_batches(run)
+        self.supernet = run.place(self.task.supernet(
+            self.task.classes, args.child_layers, args.child_nodes, args.child_channels, args.child_keep_prob,
+            args.child_drop_path_keep_prob, args.child_use_aux_head, args.child_epochs * len(self.batches)))
+        self.optimizer = utils.sgd(run, self.supernet, args.child_l2_reg)
+        self.epoch, self.step = 0, 0
+
+    def load(self) -> dict[str, Any] | None:
+        """Go on from the checkpoint in the output directory, if there is one; returns it."""
+        state = super().load()
+        if state:
+            utils.load_model(self.supernet, state['model'], self.checkpoint)
+            utils.load_optimizer(self.optimizer, state['optimizer'])
+        return state
+
+    def save(self, **more: Any) -> None:
+        """Write the checkpoint."""
+        super().save(model=self.supernet.state_dict(), optimizer=self.optimizer.state_dict(), **more)
+        every = self.args.save_every
+        if self.run.is_first and every and self.epoch and self.epoch % every == 0 and self.phase in ('train', 'score'):
+            shutil.copyfile(self.checkpoint, self.run.output_dir / f'checkpoint_{self.epoch}.pt')
+
+    def number(self) -> int:
+        """What this round's files are called by: epochs done."""
+        return self.epoch
+
+    def progress(self) -> str:
+        """How far the search is, for the log."""
+        return f'epoch {self.epoch}'
+
+    def log_start(self) -> None:
+        """Log sizes and arguments."""
+        image_size = self.task.valid_batches(self.run).size
+        self.run.log_start(self.supernet, utils.count_madds(self.supernet, image_size, self.pool[0]))
+
+    def search(self) -> None:
+        """Run phase after phase to the end."""
+        self.parallel = self.run.parallel(self.supernet, shares_weights=True)
+        self.clock = utils.Clock(self.step, self.args.child_epochs * len(self.batches))
+        super().search()
 
     def is_scored(self, epoch: int) -> bool:
         """Whether the pool is scored after so many epochs."""
@@ -280,117 +509,76 @@ class Search:
         self.phase = 'score' if self.is_scored(self.epoch) else 'train'
 
     def score(self) -> None:
-        """Score the pool, all on one validation batch, and sort it, best first."""
-        run, batches = self.run, self.task.valid_batches
+        """Score the pool, all on one validation batch."""
+        run, batches = self.run, self.task.valid_batches(self.run)
         chosen = torch.randperm(batches.count, generator=run.generators['search'])[:self.args.child_eval_batch_size]
         images, labels = batches.batch(chosen.to(run.device))
         accuracies = score_pool(run, self.supernet, self.pool, images, labels)
-        order = sorted(range(len(self.pool)), key=lambda index: -accuracies[index])
-        self.pool, self.accuracies = [self.pool[i] for i in order], [accuracies[i] for i in order]
-        for suffix in (f'.{self.epoch}', ''):
-            self.write_pool(suffix, self.pool, self.accuracies)
-        mean = sum(accuracies) / len(accuracies)
-        self.run.log(f'epoch {self.epoch}: scored {len(self.pool)} architectures on {len(labels)} images: best '
-                     f'{self.accuracies[0]:.4f}, mean {mean:.4f}, worst {self.accuracies[-1]:.4f}')
-        self.run.write_metrics(kind='score', epoch=self.epoch, accuracies=self.accuracies, best_arch=str(self.pool[0]))
+        self.sort_pool(accuracies, self.epoch, f'epoch {self.epoch}: scored {len(self.pool)} architectures on '
+                       f'{len(labels)} images')
         self.phase = 'fit' if self.epoch < self.args.child_epochs else 'rank'
 
-    def tokens(self, pool: list[Architecture]) -> torch.Tensor:
-        """The pool as the controller's sequences, (count, 8·nodes)."""
-        return torch.tensor([self.vocabulary.encode(arch) for arch in pool], device=self.run.device)
-
-    def fit(self) -> None:
-        """Train the controller on the scored pool."""
-        args, generator = self.args, self.run.generators['search']
-        sequences, targets = self.tokens(self.pool), controller.scale(self.accuracies).to(self.run.device)
-        augment, held_out = architecture.swap_operands, None
-        if args.controller_expand:
-            order = torch.randperm(len(sequences), generator=generator).to(self.run.device)
-            train, test = order[len(order) // 10:], order[:len(order) // 10]
-            held_out = (sequences[test], targets[test]) if len(test) else None
-            copies = [sequences[train]] + [architecture.swap_operands(sequences[train], generator)
-                                           for _ in range(args.controller_expand - 1)]
-            sequences, targets, augment = torch.cat(copies), targets[train].repeat(args.controller_expand, 1), None
-
-        def report(values: dict[str, float]) -> None:
-            self.run.log(f'controller epoch {values["epoch"]}/{args.controller_epochs} loss {values["loss"]:.5f} pairwise '
-                         f'accuracy {values["pairwise_accuracy"]:.4f} Hamming distance {values["hamming_distance"]:.4f}')
-        values = controller.fit(
-            self.nao, sequences, targets, epochs=args.controller_epochs, batch_size=args.controller_batch_size,
-            lr=args.controller_lr, l2_reg=args.controller_l2_reg, trade_off=args.controller_trade_off,
-            grad_bound=args.controller_grad_bound, generator=generator, augment=augment, held_out=held_out, report=report)
-        if not math.isfinite(values['loss']):
-            raise utils.NotFiniteError(f'the loss of the controller is {values["loss"]}; the last checkpoint is kept; a '
-                                       'smaller --controller_lr may help')
-        self.run.broadcast(self.nao)
-        self.run.write_metrics(kind='controller', search_epoch=self.epoch, **values)
-        self.phase = 'propose'
-
     def propose(self) -> None:
-        """Let the controller write new architectures in place of the worst."""
-        new, per_lambda = self.run.together(lambda: controller.new_architectures(
-            self.nao, self.tokens(self.pool[:SEEDS_OF_NEW]), [self.vocabulary.encode(arch) for arch in self.pool],
-            min(self.args.controller_new_arch, len(self.pool)), LAMBDAS))
-        self.pool = self.pool[:len(self.pool) - len(new)] + [self.vocabulary.decode(tokens) for tokens in new]
+        """Put new architectures in place of the worst."""
+        new = self.new_architectures(min(self.args.controller_new_arch, len(self.pool)), LAMBDAS)
+        self.pool = self.pool[:len(self.pool) - len(new)] + new
         self.write_pool('', self.pool)
-        self.run.log(f'{len(new)} new architectures, per λ: {per_lambda}')
-        self.run.write_metrics(kind='new', epoch=self.epoch, new=len(new), per_lambda=per_lambda)
         self.phase = 'train'
 
-    def rank(self) -> None:
-        """Train the next of the best architectures from scratch and score it; after the last write arch_pool.final."""
-        index, count = len(self.ranked), min(self.args.child_rank_count, len(self.pool))
-        if index < count:
-            arch = self.pool[index]
-            accuracy = self.train_from_scratch(arch, f'rank {index + 1}/{count} ')
-            self.ranked.append((accuracy, str(arch)))
-            self.run.write_metrics(kind='rank', index=index, accuracy=accuracy, arch=str(arch))
-            return
-        ranked = sorted(self.ranked, key=lambda pair: -pair[0])
-        self.write_pool('.final', [arch for _, arch in ranked], [accuracy for accuracy, _ in ranked])
-        self.phase = 'done'
 
-    def train_from_scratch(self, arch: Architecture, title: str) -> float:
-        """Train one architecture on the training split; its accuracy on the validation split, 0-1.
+class CompleteSearch(Search):
+    """NAO, the complete way: each candidate is trained on its own, and the controller learns from all results so far."""
 
-        All draws follow from --seed and the architecture, so that order and interruptions make no difference.
-        """
-        args, run, task = self.args, self.run, self.task
-        run.reseed(str(arch))
-        batches, epochs = task.train_batches(), task.rank_options['epochs']
-        steps = epochs * min(len(batches), task.rank_options.get('max_steps', len(batches)))
-        network = run.place(task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels,
-                                         RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB, True, steps, arch))
-        values = utils.fit(run, network, utils.sgd(run, network, args.child_l2_reg), batches, task.valid_batches,
-                           title=title, grad_bound=args.child_grad_bound, label_smooth=task.label_smooth, **task.rank_options)
-        return values['top1'] / 100
+    phases = ('evaluate', 'fit', 'propose', 'rank')
+    fields = (*Search.fields, 'round')
 
-    def search(self) -> None:
-        """Run phase after phase to the end, with a checkpoint after each."""
-        self.parallel = self.run.parallel(self.supernet, shares_weights=True)
-        if self.resumed:
-            self.run.resume(self.resumed, f'epoch {self.epoch}, next: {self.phase}')
-        self.clock = utils.Clock(self.step, self.args.child_epochs * len(self.batches))
-        phases: dict[str, Any] = {'train': self.train, 'score': self.score, 'fit': self.fit, 'propose': self.propose,
-                                  'rank': self.rank}
-        while self.phase in phases:
-            phases[self.phase]()
-            self.save()
+    def __init__(self, args: argparse.Namespace, run: utils.Run):
+        super().__init__(args, run)
+        self.round = 0
+
+    def number(self) -> int:
+        """What this round's files are called by."""
+        return self.round
+
+    def progress(self) -> str:
+        """How far the search is, for the log."""
+        return f'{len(self.accuracies)} of {len(self.pool)} architectures in round {self.round}'
+
+    def log_start(self) -> None:
+        """Log the sizes of the first candidate, and arguments."""
+        args, task = self.args, self.task
+        network = self.run.place(task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels, 1.0, 1.0,
+                                              False, 1, self.pool[0]))
+        self.run.log_start(network, utils.count_madds(network, task.valid_batches(self.run).size))
+
+    def evaluate(self) -> None:
+        """Train the candidates that have no result yet, and sort all results."""
+        args = self.args
+        accuracies = self.train_all('candidate', self.pool, args.child_keep_prob, args.child_drop_path_keep_prob,
+                                    args.child_use_aux_head, {'epochs': args.child_epochs, 'lr': self.task.lr})
+        self.sort_pool(accuracies, self.round, f'round {self.round}: trained {len(self.pool)} architectures so far')
+        self.phase = 'fit' if self.round < args.rounds else 'rank'
+
+    def propose(self) -> None:
+        """Add new candidates to the pool."""
+        new = self.new_architectures(self.args.controller_new_arch, COMPLETE_LAMBDAS)
+        self.pool, self.round = self.pool + new, self.round + 1
+        self.write_pool('', self.pool)
+        self.phase = 'evaluate' if new else 'rank'
+
+
+METHODS: dict[str, type[Search]] = {'NAO-WS': WeightSharingSearch, 'NAO': CompleteSearch}
 
 
 def main() -> None:
     """Search to the end, from the checkpoint in the output directory if there is one."""
     args = parse_args()
     run = utils.Run(args)
-    search = Search(args, run)
+    search = METHODS[args.method](args, run)
     search.load()
     run.open_output(anew=search.resumed is None)
-    run.log_start(search.supernet, utils.count_madds(search.supernet, search.task.valid_batches.size, search.pool[0]))
+    search.log_start()
     search.search()
-    if search.ranked:
-        best = max(search.ranked, key=lambda pair: pair[0])[1]  # of equal ones the first, as in the file
-        run.log(f'finished: the best architecture is {best}; the ranked ones are in '
-                f'{run.output_dir / "arch_pool.final"}, best first')
 
 
 if __name__ == '__main__':

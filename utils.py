@@ -6,6 +6,7 @@ random generators; `train_epoch` and `evaluate` are the one loop; `fit` is a who
 
 import argparse
 import contextlib
+import copy
 import inspect
 import json
 import math
@@ -16,7 +17,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,11 @@ class Run:
         self.args = args
         self.device = choose_device(args.device)
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
+        self.independent, self.prefix = False, ''
+        if self.world > 1:
+            self.store, *_ = next(dist.rendezvous('env://'))
+            dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10),
+                                    store=dist.PrefixStore('group', self.store), rank=self.rank, world_size=self.world)
         self.output_dir = Path(args.output_dir)
         self.generators = {'default': torch.default_generator, 'data': torch.Generator(self.device),
                            'search': torch.Generator()}
@@ -197,7 +201,7 @@ class Run:
     def log(self, message: str) -> None:
         """Print a line with the time in front."""
         if self.is_first:
-            print(f'{datetime.now():%Y-%m-%d %H:%M:%S} {message}', flush=True)
+            print(f'{datetime.now():%Y-%m-%d %H:%M:%S} {self.prefix}{message}', flush=True)
 
     def together(self, function: Callable[[], Any]) -> Any:
         """What the first process's `function` returns, in all of them; its UserError too."""
@@ -220,6 +224,32 @@ class Run:
         self.together(lambda: mine.append(function()))
         return mine[0] if mine else function()
 
+    def alone(self) -> 'Run':
+        """A run for work that this process does by itself: one process, one device, its log lines under its rank."""
+        other = copy.copy(self)
+        other.rank, other.world, other.independent = 0, 1, True
+        other.prefix = f'[rank {self.rank}] ' if self.world > 1 else ''
+        return other
+
+    def queue(self, name: str, count: int) -> Iterator[int]:
+        """Yield the next of 0..count-1 that no process has taken, until there is none and all processes have finished."""
+        if self.world == 1:
+            yield from range(count)
+            return
+        while (index := self.store.add(f'{name} taken', 1) - 1) < count:
+            yield index
+        self.store.add(f'{name} finished', 1)
+        while self.store.add(f'{name} finished', 0) < self.world:  # a collective would time out on a long training
+            time.sleep(0.2)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
         if self.world > 1:
@@ -229,7 +259,7 @@ class Run:
     def open_output(self, anew: bool) -> None:
         """Create the output directory; raises UserError if nothing can be written there.
 
-        anew: there is no checkpoint to go on from, so drop the metrics of a run that was killed before its first one.
+        anew: there is no checkpoint to go on from, so drop the metrics and results of one that was killed before its first.
         """
         def create() -> None:
             try:
@@ -238,7 +268,8 @@ class Run:
                 probe.touch()
                 probe.unlink()
                 if anew:
-                    (self.output_dir / 'metrics.jsonl').unlink(missing_ok=True)
+                    for path in (self.output_dir / 'metrics.jsonl', *self.output_dir.glob('results.*.jsonl')):
+                        path.unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); '
                                 'name a directory that you may write to') from None
@@ -256,11 +287,7 @@ class Run:
         All processes call it together.
         """
         metrics = self.output_dir / 'metrics.jsonl'
-        random = [{name: generator.get_state() for name, generator in self.generators.items()}]
-        if self.world > 1:
-            of_all = [None] * self.world
-            dist.all_gather_object(of_all, random[0])
-            random = of_all
+        random = self.gather({name: generator.get_state() for name, generator in self.generators.items()})
         return {'args': vars(self.args), 'random': random,
                 'scaler': self.scaler.state_dict(), 'metrics_bytes': metrics.stat().st_size if metrics.exists() else 0}
 
@@ -339,7 +366,8 @@ class Run:
             sync = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # its older name
             return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == 'cuda' else None,
                                            find_unused_parameters=shares_weights, **{sync: False})
-        if self.device.type == 'cuda' and torch.cuda.device_count() > 1 and self.args.device is None and not shares_weights:
+        one_device = self.independent or shares_weights or self.args.device is not None
+        if self.device.type == 'cuda' and torch.cuda.device_count() > 1 and not one_device:
             return DataParallel(model)
         return model
 
