@@ -29,6 +29,18 @@ python() {
   "$interpreter" "$@"
 }
 
+# launch PROGRAM FLAG...: run it by Python, or under what $LAUNCH says, such as "torchrun --nproc_per_node=4".
+launch() {
+  export PYTHONUNBUFFERED=1
+  case ${LAUNCH:-} in
+    torchrun*)
+      # shellcheck disable=SC2086  # its flags are words of their own
+      python -m torch.distributed.run ${LAUNCH#torchrun} "$@" ;;
+    '') python "$@" ;;
+    *) $LAUNCH "$@" ;;
+  esac
+}
+
 # run PROGRAM FLAG...: run one of the programs, writing to $OUTPUT_DIR and appending to its train.log.
 run() {
   local program=$1 made=() directory=$OUTPUT_DIR status=0
@@ -43,7 +55,7 @@ run() {
   fi
   if type -P nvidia-smi >/dev/null; then nvidia-smi || true; fi
   # tee -i: Ctrl-C reaches the program, whose last line still belongs in the log
-  python -u "$root/$program" --output_dir="$OUTPUT_DIR" "$@" 2>&1 | tee -ai "$OUTPUT_DIR/train.log" || status=$?
+  launch "$root/$program" --output_dir="$OUTPUT_DIR" "$@" 2>&1 | tee -ai "$OUTPUT_DIR/train.log" || status=$?
   if [ "$status" = 2 ] && [ "${#made[@]}" -gt 0 ]; then  # a mistake in the flags: leave nothing behind
     rm -f "$OUTPUT_DIR/train.log"
     rmdir "${made[@]}" 2>/dev/null || true
