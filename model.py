@@ -56,14 +56,15 @@ class Node(nn.Module):
         x_id, x_op, y_id, y_op = node
         self.operands = []
         for side, state, operation_id in (('x', x_id, x_op), ('y', y_id, y_op)):
-            operation = OPERATIONS[operation_id].make(channels, 2 if reduction and state < 2 else 1)
+            stride = 2 if reduction and state < 2 else 1
+            operation = OPERATIONS[operation_id].make(channels, stride)
             name = f'{side}_id_fact_reduce' if isinstance(operation, FactorizedReduce) else f'{side}_op'
             self.add_module(name, operation)
-            self.operands.append((state, name))
+            self.operands.append((state, name, (operation_id, stride)))
 
     def forward(self, states: Sequence[State], masks: Tensor | None) -> Tensor:
         """The node's value, (batch, channels, h, w); `masks` (2, batch, 1, 1, 1) drops paths."""
-        x, y = (apply_operation(getattr(self, name), states[state]) for state, name in self.operands)
+        x, y = (apply_operation(getattr(self, name), states[state], key) for state, name, key in self.operands)
         return combine_operands(x, y, masks)
 
 
@@ -212,7 +213,7 @@ class Backbone(nn.Module):
             x, y = y, cell(x, y, None if masks is None else masks[index], *extras(cell))
             if index == self.aux_index and self.training and hasattr(self, 'auxiliary_head'):
                 aux_logits = self.auxiliary_head(y.relu)
-                y = State(y.relu, y.relu)  # published results rest on this: with the head, later cells see y rectified
+                y = y.rectified()  # published results rest on this: with the head, later cells see y rectified
         pooled = F.dropout(y.raw.mean((2, 3)), 1 - self.keep_prob, self.training)
         return self.classifier(pooled), aux_logits
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from architecture import Architecture, nodes_of, unread_states
 from model import Backbone, CIFARStem, ImageNetStem, MaybeCalibrateSize, Shape, combine_operands
-from operations import OPERATIONS, SEARCH_SPACES, FactorizedReduce, State, batch_norm
+from operations import OPERATIONS, SEARCH_SPACES, FactorizedReduce, State, apply_operation, batch_norm
 
 SMALL = {operation: OPERATIONS[operation] for operation in SEARCH_SPACES['small']}
 
@@ -63,7 +63,7 @@ class WSNode(nn.Module):
 
     def __init__(self, index: int, channels: int, reduction: bool):
         super().__init__()
-        self.reduction = reduction
+        self.channels, self.reduction = channels, reduction
         for side in ('x', 'y'):
             for operation in SMALL.values():
                 if operation.name.startswith('separable'):
@@ -81,7 +81,7 @@ class WSNode(nn.Module):
             return sep_conv(states[state].relu, state, stride, bn_train)
         if stride == 2 and not operation.kernel:
             return getattr(self, f'{side}_id_reduce_{state + 1}')(states[state].raw, bn_train)
-        return operation.make(1, stride)(states[state].raw)
+        return apply_operation(operation.make(self.channels, stride), states[state], (operation_id, stride))
 
     def forward(self, states: Sequence[State], node: Sequence[int], masks: Tensor | None, bn_train: bool) -> Tensor:
         """The value of the node (x_id, x_op, y_id, y_op), (batch, channels, h, w)."""

@@ -4,7 +4,7 @@ All feature maps are (batch, channels, height, width). Ids 0-4 are the search sp
 NAO ("large"); the paper's appendix lists both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
@@ -13,20 +13,30 @@ from torch import Tensor, nn
 
 
 class State:
-    """A feature map together with its ReLU, which is computed at the first request and then shared by all readers."""
+    """A feature map together with what was derived from it: each derivation is computed once for all who read it."""
 
-    __slots__ = ('_relu', 'raw')
+    __slots__ = ('derived', 'raw')
 
-    def __init__(self, raw: Tensor, relu: Tensor | None = None):
+    def __init__(self, raw: Tensor):
         self.raw = raw
-        self._relu = relu
+        self.derived: dict[Hashable, Tensor] = {}
+
+    def derive(self, key: Hashable, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """function(raw), kept under `key`."""
+        if key not in self.derived:
+            self.derived[key] = function(self.raw)
+        return self.derived[key]
 
     @property
     def relu(self) -> Tensor:
         """max(raw, 0), (batch, channels, height, width)."""
-        if self._relu is None:
-            self._relu = F.relu(self.raw)
-        return self._relu
+        return self.derive('relu', F.relu)
+
+    def rectified(self) -> 'State':
+        """The state whose feature map is this one's ReLU."""
+        other = State(self.relu)
+        other.derived['relu'] = other.raw
+        return other
 
 
 def batch_norm(norm: nn.BatchNorm2d, x: Tensor, bn_train: bool = False) -> Tensor:
@@ -105,11 +115,15 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(channels_out)
 
     def forward(self, x: Tensor, bn_train: bool = False) -> Tensor:
-        """(batch, channels_in, h, w) -> (batch, channels_out, ceil(h / 2), ceil(w / 2))."""
-        odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
-        shifted = F.pad(x, (0, odd_width, 0, odd_height)) if odd_height or odd_width else x
-        even, odd = self.path1(x[:, :, ::2, ::2]), self.path2(shifted[:, :, 1::2, 1::2])
-        return batch_norm(self.bn, torch.cat([even, odd], dim=1), bn_train)
+        """(batch, channels_in, h, w) -> (batch, channels_out, ceil(h / 2), ceil(w / 2)).
+
+        Both convolutions are one of 2×2 pixels whose other weights are zero: no strided copies of the image, forth or back.
+        """
+        weight1, weight2 = self.path1[1].weight, self.path2[1].weight
+        weight = torch.cat([F.pad(weight1, (0, 1, 0, 1)), F.pad(weight2, (1, 0, 1, 0))])
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return batch_norm(self.bn, F.conv2d(x, weight, stride=2), bn_train)
 
 
 class Operation(NamedTuple):
@@ -162,6 +176,13 @@ OPERATIONS: tuple[Operation, ...] = (
 SEARCH_SPACES: dict[str, range] = {'small': range(0, 5), 'large': range(5, 16)}  # the ids that a search may choose
 
 
-def apply_operation(operation: nn.Module, state: State) -> Tensor:
-    """Feed a state to an operation, rectified if the operation starts with a ReLU."""
-    return operation(state.relu if getattr(operation, 'reads_relu', False) else state.raw)
+def apply_operation(operation: nn.Module, state: State, key: Hashable) -> Tensor:
+    """Feed a state to an operation: rectified if the operation starts with a ReLU, once for all if it is a pool.
+
+    key: the operation's id and stride.
+    """
+    if getattr(operation, 'reads_relu', False):
+        return operation(state.relu)
+    if isinstance(operation, nn.Identity | FactorizedReduce):
+        return operation(state.raw)
+    return state.derive(key, operation)

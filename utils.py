@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import architecture
 from datasets import DataError
+from operations import FactorizedReduce
 
 LOG_EVERY = 100  # steps between two log lines
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
@@ -391,12 +392,18 @@ def count_parameters(model: nn.Module) -> int:
 def count_madds(model: nn.Module, image_size: int, *extras: Any) -> int:
     """Multiply-adds of the convolutions and linear layers for one image; `extras` go to the model after the image."""
     device = next(model.parameters()).device
-    was_training = model.training
+    was_training, zeros = model.training, []
+
+    def count_zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        zeros.append(3 * inputs[0].shape[1] * output.numel())  # three of the four pixels of its 2×2 convolution
+    hooks = [module.register_forward_hook(count_zeros) for module in model.modules() if isinstance(module, FactorizedReduce)]
     model.eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, image_size, image_size, device=device), *extras)
     model.train(was_training)
-    return counter.get_total_flops() // 2
+    for hook in hooks:
+        hook.remove()
+    return counter.get_total_flops() // 2 - sum(zeros)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

@@ -11,6 +11,7 @@ numbers from noisy or different machines can be compared. Each row runs in a pro
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -21,8 +22,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # isort: skip  (before torch: it sets how memory is allocated)
-
 import numpy as np
 import torch
 from PIL import Image
@@ -31,6 +30,7 @@ from torchvision import transforms
 import architecture
 import controller
 import datasets
+import utils
 from model import NASNetworkCIFAR
 from model_search import NASWSNetworkCIFAR
 from train_search import score_pool
@@ -38,6 +38,7 @@ from train_search import score_pool
 NAONET_A = '0 7 1 15 2 8 1 7 0 6 1 7 0 8 4 7 1 5 0 7 0 7 1 13 0 6 0 14 0 9 1 10 0 14 2 6 1 11 0 7'
 NAONET_B = '0 1 0 2 0 1 2 2 1 3 0 2 4 0 1 3 2 1 0 3 1 1 1 0 2 1 2 4 1 0 2 3 3 1 2 2 0 2 0 2'
 VOCABULARY = architecture.vocabulary(5, 'small')
+GLIBC_TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184'
 SAMPLED = 12  # random architectures that a supernet's row is the mean of
 
 
@@ -218,7 +219,8 @@ def run_row(name: str, repeats: int) -> dict[str, float | str]:
 def run_in_own_process(name: str, repeats: int) -> dict[str, float | str]:
     """Measure one row in a process of its own, so that its peak memory is its own."""
     command = [sys.executable, __file__, '--row', name, '--repeats', str(repeats)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    environment = {'GLIBC_TUNABLES': GLIBC_TUNABLES} | os.environ  # as the scripts do
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
 def main() -> None:
