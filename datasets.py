@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import struct
 import sys
 import threading
 import zipfile
@@ -260,6 +261,8 @@ class EvalBatches:
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 IMAGE_SIZE = 224  # pixels of a side, after the transforms
 BROKEN_LIMIT = 0.01  # the share of a set's images that may be unreadable
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile,
+              Image.DecompressionBombError)  # what Pillow and zipfile raise for broken files
 
 TRAIN_TRANSFORM = transforms.Compose([
     transforms.RandomResizedCrop(IMAGE_SIZE), transforms.RandomHorizontalFlip(), transforms.ColorJitter(.4, .4, .4, .2),
@@ -352,7 +355,8 @@ class ImageFiles(torch.utils.data.Dataset):
     def sizes(self) -> list[int]:
         """The bytes of each encoded file."""
         if self.place.suffix != '.zip':
-            return [(self.place / name).stat().st_size for name in self.names]
+            paths = (self.place / name for name in self.names)
+            return [path.stat().st_size if path.exists() else 0 for path in paths]  # 0: a link to nothing
         with zipfile.ZipFile(self.place) as archive:
             return [archive.getinfo(name).file_size for name in self.names]
 
@@ -374,8 +378,11 @@ class ImageFiles(torch.utils.data.Dataset):
         done = itertools.count(1)
 
         def fill(index: int) -> None:
-            data = self.read(index)
-            buffer[int(offsets[index]):int(offsets[index + 1])] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            place = buffer.numpy()[int(offsets[index]):int(offsets[index + 1])]
+            try:
+                place[:] = np.frombuffer(self.read(index), dtype=np.uint8)
+            except UNREADABLE:
+                place[:] = 0  # which is no image: it counts as broken when its turn comes
             count = next(done)
             if show and (count == len(self) or (sys.stderr.isatty() and count % 1000 == 0)):
                 print(f'\r{self.place}: {count}/{len(self)} files in memory', end='\n' if count == len(self) else '',
@@ -389,7 +396,7 @@ class ImageFiles(torch.utils.data.Dataset):
         epoch, index = key
         try:
             image = Image.open(io.BytesIO(self.read(index))).convert('RGB')
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError):
+        except UNREADABLE:
             return f'{self.place / self.names[index]}'
         if self.transform is EVAL_TRANSFORM:
             return self.transform(image), self.labels[index]
