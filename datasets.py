@@ -401,7 +401,7 @@ class ImageFiles(torch.utils.data.Dataset):
         if self.transform is EVAL_TRANSFORM:
             return self.transform(image), self.labels[index]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f'{self.seed} {epoch} {index}'.encode()))
+            torch.default_generator.manual_seed(zlib.crc32(f'{self.seed} {epoch} {index}'.encode()))  # no GPU's
             return self.transform(image), self.labels[index]
 
 
@@ -432,7 +432,7 @@ class FileBatches:
         self.keys: list[list[tuple[int, int]]] = []  # what the loader reads in this epoch, batch by batch
         self.loader = torch.utils.data.DataLoader(
             files, batch_sampler=self.keys, num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda',
-            persistent_workers=workers > 0)
+            persistent_workers=workers > 0, generator=torch.Generator())  # of its own: it would draw from dropout's
         self.mean, self.std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def __len__(self) -> int:
