@@ -341,6 +341,9 @@ class ImageFiles(torch.utils.data.Dataset):
         other.transform, other.archives = EVAL_TRANSFORM, {}
         return other
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {'archives': {}}  # open files do not go to spawned workers
+
     def read(self, index: int) -> bytes:
         """The encoded file."""
         if self.buffer is not None:
