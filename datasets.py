@@ -294,7 +294,8 @@ def find_images(root: Path, part: str, zipped: bool) -> tuple[Path, list[tuple[s
         files = [os.path.relpath(os.path.join(folder, name), place)
                  for folder, _, found in os.walk(place, followlinks=True) for name in found]
     images = sorted((name, Path(name).parent.name) for name in files
-                    if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and Path(name).parent.name)
+                    if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and Path(name).parent.name
+                    and not any(folder.startswith(('.', '__MACOSX')) for folder in Path(name).parts))  # what systems add
     if not images:
         raise DataError(f'{place}: has no images in class folders, such as n01440764/name.JPEG')
     return place, images
