@@ -308,9 +308,11 @@ def available_memory() -> float:
                     if line.startswith('MemAvailable'))
         limit, used = (Path('/sys/fs/cgroup') / name for name in ('memory.max', 'memory.current'))
         if limit.exists() and limit.read_text().strip() != 'max':
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
+            statistics = dict(line.split() for line in limit.with_name('memory.stat').read_text().splitlines())
+            cached = int(statistics['inactive_file'])  # files read before; the system gives their memory back
+            free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)
         return free
-    except (OSError, StopIteration, ValueError):
+    except (OSError, StopIteration, ValueError, KeyError):
         return math.inf
 
 
