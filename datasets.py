@@ -198,6 +198,13 @@ def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int,
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 
+def check_batch_size(batch_size: int, world: int) -> None:
+    """Raise DataError if a batch cannot give each of `world` processes two images."""
+    if batch_size < 2 * world:
+        raise DataError(f'a batch of {batch_size} images is too small for {world} process{"es" if world > 1 else ""}: it needs '
+                        f'at least {2 * world}')
+
+
 def share_of(start: int, stop: int, rank: int, world: int) -> tuple[int, int]:
     """The part of a batch that process `rank` of `world` takes."""
     return start + (stop - start) * rank // world, start + (stop - start) * (rank + 1) // world
@@ -214,6 +221,7 @@ class TrainBatches:
                  world: int = 1):
         self.data, self.generator, self.cutout_size = data, generator, cutout_size
         self.rank, self.world = rank, world
+        check_batch_size(batch_size, world)
         self.bounds = batch_bounds(len(data), batch_size, 2 * world)
 
     def __len__(self) -> int:
@@ -434,6 +442,8 @@ class FileBatches:
         self.files, self.device, self.generator, self.rank, self.world = files, device, generator, rank, world
         self.indices, self.broken = torch.arange(len(files)) if indices is None else torch.as_tensor(indices), set()
         self.count = len(self.indices)
+        if generator:
+            check_batch_size(batch_size, world)
         self.bounds = batch_bounds(self.count, batch_size, 2 * world if generator else 1)
         self.keys: list[list[tuple[int, int]]] = []  # what the loader reads in this epoch, batch by batch
         self.loader = torch.utils.data.DataLoader(
