@@ -116,9 +116,20 @@ def run_program(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
         return
     sys.stdout.flush()
-    if os.environ.get('LOCAL_RANK', '0') == '0':  # of several processes, one a machine speaks
+    if is_first_to_say(line):
         print(line, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def is_first_to_say(line: str) -> bool:
+    """Whether no other process of this machine has said this line: what is wrong in all of them is told once."""
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return True
+    try:
+        store, *_ = next(dist.rendezvous('env://', timeout=timedelta(seconds=10)))
+        return store.add(f'{os.environ.get("GROUP_RANK", 0)} said {line}', 1) == 1
+    except (RuntimeError, ValueError, KeyError):  # the process that keeps the store is gone
+        return os.environ.get('LOCAL_RANK', '0') == '0'
 
 
 # ------------------------------------------------------------------------------------------------- device and processes
