@@ -153,6 +153,8 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         if device.type not in ('cpu', 'cuda', 'mps'):
             raise RuntimeError('another kind of device')
+        if device.type == 'cuda' and device.index is None:
+            device = torch.device('cuda', int(local_rank))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
