@@ -7,6 +7,7 @@ random generators; `train_epoch` and `evaluate` are the one loop; `fit` is a who
 import argparse
 import contextlib
 import copy
+import errno
 import inspect
 import json
 import math
@@ -111,6 +112,11 @@ def run_program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         status, line = 130, f'{program}: interrupted; the same command goes on from the last checkpoint'
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        status, line = 2, (f'{program}: error: --output_dir cannot be written ({error.strerror}); make room and run the same '
+                           'command again')
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
