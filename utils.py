@@ -276,23 +276,25 @@ class Run:
         return values
 
     def open_output(self, anew: bool) -> None:
-        """Create the output directory; raises UserError if nothing can be written there.
+        """Create the output directory, on every machine; raises UserError if nothing can be written there.
 
-        anew: there is no checkpoint to go on from, so drop the metrics and results of one that was killed before its first.
+        anew: there is no checkpoint to go on from, so drop what an earlier run left: its metrics, results and candidates.
         """
+        leftovers = ('metrics.jsonl', 'results.*.jsonl', 'candidate-????????.pt', 'rank-????????.pt')
+
         def create() -> None:
             try:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
-                probe = self.output_dir / f'.writable-{os.getpid()}'
+                probe = self.output_dir / f'.writable-{self.rank}'
                 probe.touch()
-                probe.unlink()
-                if anew:
-                    for path in (self.output_dir / 'metrics.jsonl', *self.output_dir.glob('results.*.jsonl')):
-                        path.unlink(missing_ok=True)
+                probe.unlink(missing_ok=True)
+                for path in (path for name in leftovers if anew for path in self.output_dir.glob(name)):
+                    path.unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); '
                                 'name a directory that you may write to') from None
-        self.together(create)
+        self.first_alone(create)
+        self.gather(None)  # nobody goes on and writes while others still clean up
 
     def write_metrics(self, **values: Any) -> None:
         """Append one JSON object to metrics.jsonl."""
