@@ -145,9 +145,12 @@ def write_lines(path: Path, lines: list) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file and see it to the disk."""
-    with open(path, 'a') as file:
-        file.write(line + '\n')
+    """Append a line to a file and see it to the disk; it stays apart from a last line that was cut off."""
+    with open(path, 'ab+') as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        cut_off = file.read() not in (b'', b'\n')
+        file.write(('\n' * cut_off + line + '\n').encode())
         file.flush()
         os.fsync(file.fileno())
 
