@@ -376,11 +376,10 @@ class Search:
         Every process takes the next one that nobody has; a result is written to results.RANK.jsonl as soon as it is there
         and never made again. One that fails (out of memory, loss not finite) is logged and counts 0.
         """
-        alone = self.run.alone()
         results = self.results(kind)
-        todo = [arch for arch in archs if str(arch) not in results]
+        todo = [arch for arch in dict.fromkeys(archs) if str(arch) not in results]
         for index in self.run.queue(f'{kind} {self.number()}', len(todo)):
-            arch, start, more = str(todo[index]), time.monotonic(), {}
+            arch, start, more, alone = str(todo[index]), time.monotonic(), {}, self.run.alone()
             title = f'{kind} {len(archs) - len(todo) + index + 1}/{len(archs)} '
             try:
                 accuracy = self.train_from_scratch(alone, kind, todo[index], title, keep_prob, drop_path_keep_prob,

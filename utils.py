@@ -206,7 +206,11 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         torch.backends.cudnn.benchmark = True
         self.amp_dtype = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[args.amp]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == 'fp16')
+        self.scaler = self.new_scaler()
+
+    def new_scaler(self) -> torch.amp.GradScaler:
+        """What scales losses so that gradients do not vanish in --amp=fp16; otherwise it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.args.amp == 'fp16')
 
     def autocast(self) -> torch.autocast:
         """The context that forward passes run in: mixed precision as --amp says."""
@@ -247,6 +251,7 @@ class Run:
         """A run for work that this process does by itself: one process, one device, its log lines under its rank."""
         other = copy.copy(self)
         other.rank, other.world, other.independent = 0, 1, True
+        other.scaler = self.new_scaler()
         other.prefix = f'[rank {self.rank}] ' if self.world > 1 else ''
         return other
 
