@@ -482,8 +482,8 @@ def load_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -
     rows, wanted_rows = (len(names['classifier.weight']) if 'classifier.weight' in names else 0
                          for names in (weights, wanted))
     if rows and wanted_rows and rows != wanted_rows:
-        raise UserError(f'{path}: is for {rows} classes, this data set has {wanted_rows}; give the --dataset it was '
-                        'trained on')
+        raise UserError(f'{path}: is for {rows} classes, this data set has {wanted_rows}; give the --dataset or '
+                        '--data it was trained on')
     trackers = {name for name in wanted if name.endswith('num_batches_tracked')}  # absent before PyTorch 0.4.1
     different = [name for name in wanted.keys() | weights.keys() if name not in trackers - weights.keys() and (
         name not in wanted or name not in weights or wanted[name].shape != weights[name].shape)]
