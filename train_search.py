@@ -385,6 +385,7 @@ class Search:
                 accuracy = self.train_from_scratch(alone, kind, todo[index], title, keep_prob, drop_path_keep_prob,
                                                    use_aux_head, options)
             except (RuntimeError, utils.NotFiniteError) as error:
+                torch.ones(1, device=self.run.device).sum().item()  # raises if it is the GPU: no candidate's fault
                 accuracy, more = 0.0, {'error': str(error).partition('\n')[0]}
                 alone.log(f'{title}failed and counts 0: {more["error"]}')
             append_line(self.run.output_dir / f'results.{self.run.rank}.jsonl', json.dumps(
