@@ -389,7 +389,7 @@ class ImageFiles(torch.utils.data.Dataset):
         buffer = torch.empty(needed, dtype=torch.uint8)
         if multiprocessing.get_start_method() != 'fork':
             buffer.share_memory_()  # forked workers share it anyway
-        done = itertools.count(1)
+        done, beginning = itertools.count(1), '\r' if sys.stderr.isatty() else ''  # of a line that grows, or of the last one
 
         def fill(index: int) -> None:
             place = buffer.numpy()[int(offsets[index]):int(offsets[index + 1])]
@@ -398,9 +398,9 @@ class ImageFiles(torch.utils.data.Dataset):
             except UNREADABLE:
                 place[:] = 0  # which is no image: it counts as broken when its turn comes
             count = next(done)
-            if show and (count == len(self) or (sys.stderr.isatty() and count % 1000 == 0)):
-                print(f'\r{self.place}: {count}/{len(self)} files in memory', end='\n' if count == len(self) else '',
-                      file=sys.stderr, flush=True)
+            if show and (count == len(self) or (beginning and count % 1000 == 0)):
+                print(f'{beginning}{self.place}: {count}/{len(self)} files in memory',
+                      end='\n' if count == len(self) else '', file=sys.stderr, flush=True)
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(fill, range(len(self))))
         self.archives.clear()

@@ -339,7 +339,7 @@ def test_a_set_that_does_not_fit_into_the_memory_is_read_lazily(root, monkeypatc
     monkeypatch.setattr(datasets, 'available_memory', lambda: size / 0.8)
     train, valid, _ = datasets.open_files(root, False, False, 5)
     assert train.buffer is None and valid.buffer is not None
-    lines = capsys.readouterr().err.replace('\r', '').splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and 'train: 0.0 GiB do not fit into the 0.0 GiB of memory that are free; reading lazily' in lines[0]
     assert lines[1].endswith('valid: 5/5 files in memory')
     batches = FileBatches(train, 4, CPU, 0, generator=torch.Generator().manual_seed(5))
