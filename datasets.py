@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import struct
 import sys
 import threading
 import zipfile
@@ -197,6 +198,13 @@ def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int,
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 
+def check_batch_size(batch_size: int, world: int) -> None:
+    """Raise DataError if a batch cannot give each of `world` processes two images."""
+    if batch_size < 2 * world:
+        raise DataError(f'a batch of {batch_size} images is too small for {world} process{"es" if world > 1 else ""}: it needs '
+                        f'at least {2 * world}')
+
+
 def share_of(start: int, stop: int, rank: int, world: int) -> tuple[int, int]:
     """The part of a batch that process `rank` of `world` takes."""
     return start + (stop - start) * rank // world, start + (stop - start) * (rank + 1) // world
@@ -213,6 +221,7 @@ class TrainBatches:
                  world: int = 1):
         self.data, self.generator, self.cutout_size = data, generator, cutout_size
         self.rank, self.world = rank, world
+        check_batch_size(batch_size, world)
         self.bounds = batch_bounds(len(data), batch_size, 2 * world)
 
     def __len__(self) -> int:
@@ -260,6 +269,8 @@ class EvalBatches:
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 IMAGE_SIZE = 224  # pixels of a side, after the transforms
 BROKEN_LIMIT = 0.01  # the share of a set's images that may be unreadable
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile,
+              Image.DecompressionBombError)  # what Pillow and zipfile raise for broken files
 
 TRAIN_TRANSFORM = transforms.Compose([
     transforms.RandomResizedCrop(IMAGE_SIZE), transforms.RandomHorizontalFlip(), transforms.ColorJitter(.4, .4, .4, .2),
@@ -291,7 +302,8 @@ def find_images(root: Path, part: str, zipped: bool) -> tuple[Path, list[tuple[s
         files = [os.path.relpath(os.path.join(folder, name), place)
                  for folder, _, found in os.walk(place, followlinks=True) for name in found]
     images = sorted((name, Path(name).parent.name) for name in files
-                    if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and Path(name).parent.name)
+                    if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and Path(name).parent.name
+                    and not any(folder.startswith(('.', '__MACOSX')) for folder in Path(name).parts))  # what systems add
     if not images:
         raise DataError(f'{place}: has no images in class folders, such as n01440764/name.JPEG')
     return place, images
@@ -304,9 +316,11 @@ def available_memory() -> float:
                     if line.startswith('MemAvailable'))
         limit, used = (Path('/sys/fs/cgroup') / name for name in ('memory.max', 'memory.current'))
         if limit.exists() and limit.read_text().strip() != 'max':
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
+            statistics = dict(line.split() for line in limit.with_name('memory.stat').read_text().splitlines())
+            cached = int(statistics['inactive_file'])  # files read before; the system gives their memory back
+            free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)
         return free
-    except (OSError, StopIteration, ValueError):
+    except (OSError, StopIteration, ValueError, KeyError):
         return math.inf
 
 
@@ -338,6 +352,9 @@ class ImageFiles(torch.utils.data.Dataset):
         other.transform, other.archives = EVAL_TRANSFORM, {}
         return other
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {'archives': {}}  # open files do not go to spawned workers
+
     def read(self, index: int) -> bytes:
         """The encoded file."""
         if self.buffer is not None:
@@ -352,7 +369,8 @@ class ImageFiles(torch.utils.data.Dataset):
     def sizes(self) -> list[int]:
         """The bytes of each encoded file."""
         if self.place.suffix != '.zip':
-            return [(self.place / name).stat().st_size for name in self.names]
+            paths = (self.place / name for name in self.names)
+            return [path.stat().st_size if path.exists() else 0 for path in paths]  # 0: a link to nothing
         with zipfile.ZipFile(self.place) as archive:
             return [archive.getinfo(name).file_size for name in self.names]
 
@@ -371,15 +389,18 @@ class ImageFiles(torch.utils.data.Dataset):
         buffer = torch.empty(needed, dtype=torch.uint8)
         if multiprocessing.get_start_method() != 'fork':
             buffer.share_memory_()  # forked workers share it anyway
-        done = itertools.count(1)
+        done, beginning = itertools.count(1), '\r' if sys.stderr.isatty() else ''  # of a line that grows, or of the last one
 
         def fill(index: int) -> None:
-            data = self.read(index)
-            buffer[int(offsets[index]):int(offsets[index + 1])] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            place = buffer.numpy()[int(offsets[index]):int(offsets[index + 1])]
+            try:
+                place[:] = np.frombuffer(self.read(index), dtype=np.uint8)
+            except UNREADABLE:
+                place[:] = 0  # which is no image: it counts as broken when its turn comes
             count = next(done)
-            if show and (count == len(self) or (sys.stderr.isatty() and count % 1000 == 0)):
-                print(f'\r{self.place}: {count}/{len(self)} files in memory', end='\n' if count == len(self) else '',
-                      file=sys.stderr, flush=True)
+            if show and (count == len(self) or (beginning and count % 1000 == 0)):
+                print(f'{beginning}{self.place}: {count}/{len(self)} files in memory',
+                      end='\n' if count == len(self) else '', file=sys.stderr, flush=True)
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(fill, range(len(self))))
         self.archives.clear()
@@ -389,12 +410,12 @@ class ImageFiles(torch.utils.data.Dataset):
         epoch, index = key
         try:
             image = Image.open(io.BytesIO(self.read(index))).convert('RGB')
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError):
+        except UNREADABLE:
             return f'{self.place / self.names[index]}'
         if self.transform is EVAL_TRANSFORM:
             return self.transform(image), self.labels[index]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f'{self.seed} {epoch} {index}'.encode()))
+            torch.default_generator.manual_seed(zlib.crc32(f'{self.seed} {epoch} {index}'.encode()))  # no GPU's
             return self.transform(image), self.labels[index]
 
 
@@ -421,11 +442,13 @@ class FileBatches:
         self.files, self.device, self.generator, self.rank, self.world = files, device, generator, rank, world
         self.indices, self.broken = torch.arange(len(files)) if indices is None else torch.as_tensor(indices), set()
         self.count = len(self.indices)
+        if generator:
+            check_batch_size(batch_size, world)
         self.bounds = batch_bounds(self.count, batch_size, 2 * world if generator else 1)
         self.keys: list[list[tuple[int, int]]] = []  # what the loader reads in this epoch, batch by batch
         self.loader = torch.utils.data.DataLoader(
             files, batch_sampler=self.keys, num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda',
-            persistent_workers=workers > 0)
+            persistent_workers=workers > 0, generator=torch.Generator())  # of its own: it would draw from dropout's
         self.mean, self.std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def __len__(self) -> int:

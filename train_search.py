@@ -145,9 +145,12 @@ def write_lines(path: Path, lines: list) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file and see it to the disk."""
-    with open(path, 'a') as file:
-        file.write(line + '\n')
+    """Append a line to a file and see it to the disk; it stays apart from a last line that was cut off."""
+    with open(path, 'ab+') as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        cut_off = file.read() not in (b'', b'\n')
+        file.write(('\n' * cut_off + line + '\n').encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -373,16 +376,16 @@ class Search:
         Every process takes the next one that nobody has; a result is written to results.RANK.jsonl as soon as it is there
         and never made again. One that fails (out of memory, loss not finite) is logged and counts 0.
         """
-        alone = self.run.alone()
         results = self.results(kind)
-        todo = [arch for arch in archs if str(arch) not in results]
+        todo = [arch for arch in dict.fromkeys(archs) if str(arch) not in results]
         for index in self.run.queue(f'{kind} {self.number()}', len(todo)):
-            arch, start, more = str(todo[index]), time.monotonic(), {}
+            arch, start, more, alone = str(todo[index]), time.monotonic(), {}, self.run.alone()
             title = f'{kind} {len(archs) - len(todo) + index + 1}/{len(archs)} '
             try:
                 accuracy = self.train_from_scratch(alone, kind, todo[index], title, keep_prob, drop_path_keep_prob,
                                                    use_aux_head, options)
             except (RuntimeError, utils.NotFiniteError) as error:
+                torch.ones(1, device=self.run.device).sum().item()  # raises if it is the GPU: no candidate's fault
                 accuracy, more = 0.0, {'error': str(error).partition('\n')[0]}
                 alone.log(f'{title}failed and counts 0: {more["error"]}')
             append_line(self.run.output_dir / f'results.{self.run.rank}.jsonl', json.dumps(

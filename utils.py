@@ -7,6 +7,7 @@ random generators; `train_epoch` and `evaluate` are the one loop; `fit` is a who
 import argparse
 import contextlib
 import copy
+import errno
 import inspect
 import json
 import math
@@ -112,14 +113,30 @@ def run_program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         status, line = 130, f'{program}: interrupted; the same command goes on from the last checkpoint'
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        status, line = 2, (f'{program}: error: --output_dir cannot be written ({error.strerror}); make room and run the same '
+                           'command again')
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
         return
     sys.stdout.flush()
-    if os.environ.get('LOCAL_RANK', '0') == '0':  # of several processes, one a machine speaks
+    if is_first_to_say(line):
         print(line, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def is_first_to_say(line: str) -> bool:
+    """Whether no other process of this machine has said this line: what is wrong in all of them is told once."""
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return True
+    try:
+        store, *_ = next(dist.rendezvous('env://', timeout=timedelta(seconds=10)))
+        return store.add(f'{os.environ.get("GROUP_RANK", 0)} said {line}', 1) == 1
+    except (RuntimeError, ValueError, KeyError):  # the process that keeps the store is gone
+        return os.environ.get('LOCAL_RANK', '0') == '0'
 
 
 # ------------------------------------------------------------------------------------------------- device and processes
@@ -143,6 +160,8 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         if device.type not in ('cpu', 'cuda', 'mps'):
             raise RuntimeError('another kind of device')
+        if device.type == 'cuda' and device.index is None:
+            device = torch.device('cuda', int(local_rank))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -188,7 +207,11 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         torch.backends.cudnn.benchmark = True
         self.amp_dtype = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[args.amp]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == 'fp16')
+        self.scaler = self.new_scaler()
+
+    def new_scaler(self) -> torch.amp.GradScaler:
+        """What scales losses so that gradients do not vanish in --amp=fp16; otherwise it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.args.amp == 'fp16')
 
     def autocast(self) -> torch.autocast:
         """The context that forward passes run in: mixed precision as --amp says."""
@@ -229,6 +252,7 @@ class Run:
         """A run for work that this process does by itself: one process, one device, its log lines under its rank."""
         other = copy.copy(self)
         other.rank, other.world, other.independent = 0, 1, True
+        other.scaler = self.new_scaler()
         other.prefix = f'[rank {self.rank}] ' if self.world > 1 else ''
         return other
 
@@ -258,23 +282,25 @@ class Run:
         return values
 
     def open_output(self, anew: bool) -> None:
-        """Create the output directory; raises UserError if nothing can be written there.
+        """Create the output directory, on every machine; raises UserError if nothing can be written there.
 
-        anew: there is no checkpoint to go on from, so drop the metrics and results of one that was killed before its first.
+        anew: there is no checkpoint to go on from, so drop what an earlier run left: its metrics, results and candidates.
         """
+        leftovers = ('metrics.jsonl', 'results.*.jsonl', 'candidate-????????.pt', 'rank-????????.pt')
+
         def create() -> None:
             try:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
-                probe = self.output_dir / f'.writable-{os.getpid()}'
+                probe = self.output_dir / f'.writable-{self.rank}'
                 probe.touch()
-                probe.unlink()
-                if anew:
-                    for path in (self.output_dir / 'metrics.jsonl', *self.output_dir.glob('results.*.jsonl')):
-                        path.unlink(missing_ok=True)
+                probe.unlink(missing_ok=True)
+                for path in (path for name in leftovers if anew for path in self.output_dir.glob(name)):
+                    path.unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); '
                                 'name a directory that you may write to') from None
-        self.together(create)
+        self.first_alone(create)
+        self.gather(None)  # nobody goes on and writes while others still clean up
 
     def write_metrics(self, **values: Any) -> None:
         """Append one JSON object to metrics.jsonl."""
@@ -463,8 +489,8 @@ def load_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -
     rows, wanted_rows = (len(names['classifier.weight']) if 'classifier.weight' in names else 0
                          for names in (weights, wanted))
     if rows and wanted_rows and rows != wanted_rows:
-        raise UserError(f'{path}: is for {rows} classes, this data set has {wanted_rows}; give the --dataset it was '
-                        'trained on')
+        raise UserError(f'{path}: is for {rows} classes, this data set has {wanted_rows}; give the --dataset or '
+                        '--data it was trained on')
     trackers = {name for name in wanted if name.endswith('num_batches_tracked')}  # absent before PyTorch 0.4.1
     different = [name for name in wanted.keys() | weights.keys() if name not in trackers - weights.keys() and (
         name not in wanted or name not in weights or wanted[name].shape != weights[name].shape)]

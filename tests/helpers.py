@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from PIL import Image
 
 from architecture import Architecture
 
@@ -183,6 +185,25 @@ def few_digits(folder: Path, count: int = 100) -> str:
     with np.load(ROOT / 'data' / 'digits' / 'digits.npz') as file:
         np.savez(folder / 'few_digits.npz', images=file['images'][:count], labels=file['labels'][:count])
     return f'import datasets\ndatasets.DIGITS_FILE = {str(folder / "few_digits.npz")!r}\n'
+
+
+def write_images(folder: Path, counts: dict[str, int], size: int = 40, seed: int = 0) -> None:
+    """Write `counts[name]` JPEG files of noise and a colour of its own to folder/name, for each class name."""
+    random = np.random.RandomState(seed)
+    for number, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        colour = np.random.RandomState(number).randint(60, 196, 3)
+        for index in range(count):
+            pixels = colour + random.randint(-60, 60, (size + index % 3, size + 7, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f'{name}_{index}.JPEG')
+
+
+def zip_images(folder: Path, file: Path, leading: str = '') -> None:
+    """Write the class folders of `folder` to a zip, below a leading folder if given."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(file, 'w') as archive:
+        for path in sorted(folder.rglob('*'), reverse=True):  # the order in the zip does not matter
+            archive.write(path, Path(leading) / path.relative_to(folder))
 
 
 def metrics(folder: Path) -> list[dict]:

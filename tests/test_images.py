@@ -1,0 +1,483 @@
+"""Images in class folders and zips: the same batches however they are read, broken files, memory, shares of processes."""
+
+import io
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_images, zip_images
+from PIL import Image
+from torchvision import transforms
+
+import datasets
+from datasets import DataError, FileBatches, ImageFiles
+
+CPU = torch.device('cpu')
+TRAIN, VALID = {'b': 5, 'a': 4, 'c': 4}, {'a': 3, 'c': 2}
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    """The same images in folders and, below zips/NAME, in zips."""
+    root = tmp_path_factory.mktemp('images')
+    write_images(root / 'train', TRAIN)
+    write_images(root / 'valid', VALID, seed=1)
+    for name, leading in (('plain', ''), ('leading', 'some/folder')):
+        for part in ('train', 'valid'):
+            zip_images(root / part, root / 'zips' / name / f'{part}.zip', leading)
+    return root
+
+
+def jpeg(size=(30, 30), seed=0):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, 'JPEG')
+    return buffer.getvalue()
+
+
+def small(monkeypatch):
+    """Transforms that take no time: 8×8 pixels."""
+    fast = transforms.Compose([transforms.Resize((8, 8)), transforms.PILToTensor()])
+    monkeypatch.setattr(datasets, 'EVAL_TRANSFORM', fast)
+    monkeypatch.setattr(datasets, 'IMAGE_SIZE', 8)
+    return fast
+
+
+def many(folder, count=100, broken=()):
+    """`count` images of one class, `broken` of them cut off."""
+    (folder / 'one').mkdir(parents=True)
+    for index in range(count):
+        data = jpeg(seed=index)
+        (folder / 'one' / f'{index:03}.JPEG').write_bytes(data[:len(data) // 2] if index in broken else data)
+
+
+def numbered(count, monkeypatch):
+    """An ImageFiles of `count` images, of which each is 8×8 pixels of its own number."""
+    fast = small(monkeypatch)
+    files = ImageFiles(Path('nowhere'), [(f'a/{index}', 'a') for index in range(count)], ['a'], fast, 0)
+
+    def read(index):
+        buffer = io.BytesIO()
+        Image.new('RGB', (8, 8), (index, index, index)).save(buffer, 'PNG')
+        return buffer.getvalue()
+    files.read = read
+    return files
+
+
+def numbers(images):
+    """The number of each image of `numbered`."""
+    pixels = images[:, 0, 0, 0] * datasets.IMAGENET_STD[0] + datasets.IMAGENET_MEAN[0]
+    return (pixels * 255).round().int().tolist()
+
+
+def epochs(root, zipped=False, lazy=True, workers=0, seed=5, count=2, batch_size=4):
+    """The batches of `count` epochs of training, and of evaluation."""
+    train, valid, _ = datasets.open_files(root, zipped, lazy, seed, show=False)
+    train_batches = FileBatches(train, batch_size, CPU, workers, generator=torch.Generator().manual_seed(seed))
+    valid_batches = FileBatches(valid, batch_size, CPU, workers)
+    return [list(train_batches) for _ in range(count)], list(valid_batches)
+
+
+def assert_equal_batches(one, other):
+    for batch, same in zip(one, other, strict=True):
+        assert all(torch.equal(*pair) if torch.is_tensor(pair[0]) else pair[0] == pair[1]
+                   for pair in zip(batch, same, strict=True))
+
+
+@pytest.fixture(scope='module')
+def expected(root):
+    return epochs(root)
+
+
+# --------------------------------------------------------------------------------------------------- the same batches
+
+@pytest.mark.parametrize('zips', [None, 'plain', 'leading'])
+@pytest.mark.parametrize('lazy, workers', [(True, 0), (True, 2), (False, 0), (False, 2)])
+def test_all_ways_to_read_give_the_same_batches(zips, lazy, workers, root, expected):
+    place = root / 'zips' / zips if zips else root
+    train, valid = epochs(place, zips is not None, lazy, workers)
+    for epoch, same in zip(train, expected[0], strict=True):
+        assert_equal_batches(epoch, same)
+    assert_equal_batches(valid, expected[1])
+
+
+def test_another_epoch_and_another_seed_give_other_batches(root, expected):
+    (first, second), valid = expected
+    (other, _), same_valid = epochs(root, seed=6)
+    for one, two in ((first, second), (first, other)):
+        assert not any(torch.equal(batch[0], same[0]) for batch, same in zip(one, two, strict=True))
+        assert [batch[1].tolist() for batch in one] != [batch[1].tolist() for batch in two]
+    assert_equal_batches(valid, same_valid)
+
+
+def test_an_image_is_transformed_by_seed_and_epoch_alone_whoever_else_is_in_the_batch(root):
+    train, *_ = datasets.open_files(root, False, True, 5, show=False)
+    other, *_ = datasets.open_files(root, False, True, 6, show=False)
+    image, label = train[3, 7]
+    torch.rand(5)
+    assert torch.equal(train[3, 7][0], image) and label == train[9, 7][1]
+    assert not torch.equal(train[4, 7][0], image) and not torch.equal(other[3, 7][0], image)
+
+
+def test_an_epoch_left_early_does_not_disturb_the_next(root, expected):
+    """As training from scratch on ImageNet does after 500 steps."""
+    for workers in (0, 2):
+        train, *_ = datasets.open_files(root, False, True, 5, show=False)
+        generator = torch.Generator()
+        batches = FileBatches(train, 4, CPU, workers, generator=generator)
+        next(iter(batches))
+        generator.manual_seed(5)
+        assert_equal_batches(list(batches), expected[0][0])
+
+
+def test_reading_draws_from_no_generator_but_its_own(root, monkeypatch):
+    """Dropout draws from the default ones: reading must not shift them, nor depend on the workers or on a resumed run."""
+    def refuse(*args):
+        raise AssertionError("a GPU's generator would be seeded anew for each image")
+    before = torch.get_rng_state()
+    python, numpy = random.getstate(), np.random.get_state()
+    epochs(root, workers=2)
+    monkeypatch.setattr(torch, 'manual_seed', refuse)
+    epochs(root, workers=0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert random.getstate() == python and str(np.random.get_state()) == str(numpy)
+
+
+def test_batches_are_normalised_images_with_labels_by_sorted_class_names(root):
+    train, valid, classes = datasets.open_files(root, False, True, 0, show=False)
+    assert classes == ['a', 'b', 'c']
+    assert len(train) == 13 and len(valid) == 5
+    assert valid.labels == [0, 0, 0, 2, 2] and train.labels == [0] * 4 + [1] * 5 + [2] * 4
+    (images, labels), = FileBatches(valid, 8, CPU, 0)
+    assert labels.tolist() == valid.labels and labels.dtype == torch.int64
+    assert images.shape == (5, 3, 224, 224) and images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    to_tensor = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(),
+                                    transforms.Normalize(datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)])
+    for image, name in zip(images, valid.names, strict=True):
+        torch.testing.assert_close(image, to_tensor(Image.open(root / 'valid' / name).convert('RGB')), rtol=1e-5, atol=1e-5)
+
+
+def test_training_transforms_are_torchvisions_for_the_same_random_state(root):
+    train, *_ = datasets.open_files(root, False, True, 5, show=False)
+    transform = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
+                                    transforms.ColorJitter(.4, .4, .4, .2), transforms.PILToTensor()])
+    for epoch, index in ((0, 0), (1, 5), (2, 12)):
+        torch.manual_seed(datasets.zlib.crc32(f'5 {epoch} {index}'.encode()))
+        wanted = transform(Image.open(root / 'train' / train.names[index]).convert('RGB'))
+        assert torch.equal(train[epoch, index][0], wanted)
+
+
+def test_grey_palette_transparent_and_cmyk_images_become_rgb(tmp_path, root):
+    (tmp_path / 'train' / 'a').mkdir(parents=True)
+    picture = Image.open(next((root / 'train' / 'a').iterdir()))
+    for mode, suffix in (('L', 'JPEG'), ('CMYK', 'jpg'), ('P', 'png'), ('RGBA', 'PNG'), ('LA', 'webp'), ('1', 'bmp')):
+        image = picture.convert(mode) if mode not in ('LA',) else picture.convert('RGBA')
+        image.save(tmp_path / 'train' / 'a' / f'{mode}.{suffix}')
+    (tmp_path / 'val').symlink_to(tmp_path / 'train')
+    train, valid, _ = datasets.open_files(tmp_path, False, False, 0, show=False)
+    assert len(train) == 6
+    assert all(files[0, index][0].shape == (3, 224, 224) for files in (train, valid) for index in range(6))
+
+
+def test_validation_may_be_called_val_and_valid_comes_first(root, tmp_path):
+    write_images(tmp_path / 'train', {'a': 2})
+    write_images(tmp_path / 'val', {'a': 1})
+    zip_images(tmp_path / 'train', tmp_path / 'train.zip')
+    zip_images(tmp_path / 'val', tmp_path / 'val.zip')
+    for zipped in (False, True):
+        assert len(datasets.open_files(tmp_path, zipped, True, 0, show=False)[1]) == 1
+    write_images(tmp_path / 'valid', {'a': 3})
+    assert len(datasets.open_files(tmp_path, False, True, 0, show=False)[1]) == 3
+
+
+def test_what_is_no_image_is_left_alone(root, tmp_path):
+    """Lists and licences, hidden files, and what a Mac adds to a zip."""
+    write_images(tmp_path / 'train', {'a': 2, '.ipynb_checkpoints': 1})
+    (tmp_path / 'train' / '__MACOSX' / 'a').mkdir(parents=True)
+    (tmp_path / 'train' / '__MACOSX' / 'a' / '._a_0.JPEG').write_bytes(b'resource fork')
+    (tmp_path / 'train' / 'a' / 'README.txt').touch()
+    (tmp_path / 'train' / 'a' / '._a_0.JPEG').write_bytes(b'resource fork')
+    (tmp_path / 'train' / 'list.jpg').touch()  # in no class folder
+    (tmp_path / 'valid').symlink_to(tmp_path / 'train')
+    for part in ('train', 'valid'):
+        zip_images(tmp_path / 'train', tmp_path / f'{part}.zip')
+    for zipped in (False, True):
+        train, _, classes = datasets.open_files(tmp_path, zipped, False, 0, show=False)
+        assert classes == ['a'] and train.names == ['a/a_0.JPEG', 'a/a_1.JPEG']
+
+
+def test_images_that_were_read_can_be_sent_to_spawned_workers(root):
+    files, *_ = datasets.open_files(root / 'zips' / 'plain', True, True, 0, show=False)
+    FileBatches(files, 4, CPU, 0).batch(torch.arange(4))  # opens the zip, in several threads
+    assert files.archives
+    copy = pickle.loads(pickle.dumps(files))
+    assert copy.archives == {} and copy.read(3) == files.read(3)
+
+
+# ------------------------------------------------------------------------------------------------------------- bad data
+
+@pytest.mark.parametrize('zipped', [False, True])
+@pytest.mark.parametrize('part', ['train', 'valid'])
+def test_missing_folders_and_zips_are_named(zipped, part, root, tmp_path):
+    suffix = '.zip' if zipped else ''
+    other = 'valid' if part == 'train' else 'train'
+    (tmp_path / f'{other}{suffix}').symlink_to((root / 'zips' / 'plain' if zipped else root) / f'{other}{suffix}')
+    with pytest.raises(DataError, match=f'there is no {part}{suffix}') as error:
+        datasets.open_files(tmp_path, zipped, True, 0)
+    assert f'--data={tmp_path}' in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('content', [b'', b'not a zip', b'PK\x03\x04' + bytes(100), 'cut', 'folder'])
+def test_what_is_not_a_zip_is_named(content, root, tmp_path):
+    file = tmp_path / 'train.zip'
+    if content == 'folder':
+        file.mkdir()
+    else:
+        file.write_bytes((root / 'zips' / 'plain' / 'train.zip').read_bytes()[:-100] if content == 'cut' else content)
+    with pytest.raises(DataError, match=r'train\.zip: is not a readable zip file') as error:
+        datasets.open_files(tmp_path, True, True, 0)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('zipped', [False, True])
+def test_a_set_without_images_is_named(zipped, tmp_path):
+    (tmp_path / 'train' / 'a').mkdir(parents=True)
+    (tmp_path / 'train' / 'a' / 'text.txt').touch()
+    zip_images(tmp_path / 'train', tmp_path / 'train.zip')
+    with pytest.raises(DataError, match=r'train(\.zip)?: has no images in class folders'):
+        datasets.open_files(tmp_path, zipped, True, 0)
+
+
+def test_a_class_that_is_only_in_validation_is_named(tmp_path):
+    write_images(tmp_path / 'train', {'a': 1, 'b': 1})
+    write_images(tmp_path / 'valid', {'a': 1, 'new': 1, 'other': 1})
+    with pytest.raises(DataError, match=r'valid: the class new is not among .* nor are 1 more'):
+        datasets.open_files(tmp_path, False, True, 0)
+
+
+def broken_file(path, kind):
+    """Make an image unreadable."""
+    data = path.read_bytes()
+    path.unlink()
+    if kind == 'link to nothing':
+        path.symlink_to('nowhere')
+    elif kind == 'folder':
+        path.mkdir()
+    else:
+        path.write_bytes({'cut off': data[:len(data) // 2], 'empty': b'', 'one byte': b'x', 'text': b'no image' * 20,
+                          'header only': data[:20], 'zeros': bytes(len(data))}[kind])
+
+
+@pytest.mark.parametrize('lazy', [False, True])
+@pytest.mark.parametrize('kind', ['cut off', 'empty', 'one byte', 'text', 'header only', 'zeros', 'link to nothing'])
+def test_one_broken_image_of_a_hundred_is_named_once_and_left_out(kind, lazy, tmp_path, monkeypatch, capsys):
+    fast = small(monkeypatch)
+    many(tmp_path / 'train')
+    broken_file(tmp_path / 'train' / 'one' / '042.JPEG', kind)
+    place, images = datasets.find_images(tmp_path, 'train', False)
+    files = ImageFiles(place, images, ['one'], fast, 0)
+    if not lazy:
+        files.hold(1, False)
+    for batches in (FileBatches(files, 10, CPU, 0, generator=torch.Generator()), FileBatches(files, 10, CPU, 0)):
+        assert [sum(len(batch[1]) for batch in batches) for _ in range(2)] == [99, 99]
+        assert capsys.readouterr().err == f'warning: {place}/one/042.JPEG: is broken or cut off; left out\n'
+    batches = FileBatches(files, 10, CPU, 0, generator=torch.Generator())
+    weights = [(len(labels), weight) for _, labels, weight in batches]
+    assert sorted(weights) == [(9, .9)] + [(10, 1.)] * 9
+
+
+@pytest.mark.parametrize('lazy', [False, True])
+def test_a_broken_entry_of_a_zip_is_a_broken_image(lazy, tmp_path, monkeypatch, capsys):
+    fast = small(monkeypatch)
+    many(tmp_path / 'train')
+    zip_images(tmp_path / 'train', tmp_path / 'train.zip')
+    with zipfile.ZipFile(tmp_path / 'train.zip') as archive:
+        entry = archive.getinfo('one/042.JPEG')
+    content = bytearray((tmp_path / 'train.zip').read_bytes())
+    content[entry.header_offset + 200] ^= 255  # its checksum is wrong now
+    (tmp_path / 'train.zip').write_bytes(content)
+    place, images = datasets.find_images(tmp_path, 'train', True)
+    files = ImageFiles(place, images, ['one'], fast, 0)
+    if not lazy:
+        files.hold(1, False)
+    assert sum(len(labels) for _, labels in FileBatches(files, 10, CPU, 0)) == 99
+    assert capsys.readouterr().err == f'warning: {place}/one/042.JPEG: is broken or cut off; left out\n'
+
+
+def test_two_broken_images_of_a_hundred_stop_with_one_line(tmp_path, monkeypatch):
+    fast = small(monkeypatch)
+    many(tmp_path / 'train', broken=(3, 70))
+    place, images = datasets.find_images(tmp_path, 'train', False)
+    with pytest.raises(DataError, match='2 of 100 images cannot be decoded, more than 1%') as error:
+        list(FileBatches(ImageFiles(place, images, ['one'], fast, 0), 10, CPU, 0))
+    assert str(place) in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('good', [0, 1])
+def test_a_batch_that_is_all_broken_or_has_one_image_still_can_be_trained_on(good, monkeypatch):
+    """A process must take part in each step; what it trains on then counts nothing, or as one image."""
+    files = numbered(300, monkeypatch)
+    batches = FileBatches(files, 4, CPU, 0, generator=torch.Generator())
+    images, labels, broken = datasets.collate([files[0, 7]] * good + ['broken'] * 3)
+    monkeypatch.setattr(batches, 'loader', [(images, labels, broken[:1])] * len(batches))
+    for images, labels, weight in batches:
+        assert images.shape == (2, 3, 8, 8) and labels.shape == (2,) and weight == good / 4
+        assert not good or numbers(images) == [7, 7]
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+def test_a_set_that_does_not_fit_into_the_memory_is_read_lazily(root, monkeypatch, capsys, expected):
+    size = sum(path.stat().st_size for path in (root / 'valid').rglob('*.JPEG'))
+    monkeypatch.setattr(datasets, 'available_memory', lambda: size / 0.8)
+    train, valid, _ = datasets.open_files(root, False, False, 5)
+    assert train.buffer is None and valid.buffer is not None
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and 'train: 0.0 GiB do not fit into the 0.0 GiB of memory that are free; reading lazily' in lines[0]
+    assert lines[1].endswith('valid: 5/5 files in memory')
+    batches = FileBatches(train, 4, CPU, 0, generator=torch.Generator().manual_seed(5))
+    assert_equal_batches(list(batches), expected[0][0])
+
+
+def test_several_processes_of_a_machine_share_its_memory(root, monkeypatch):
+    size = sum(path.stat().st_size for path in (root / 'train').rglob('*.JPEG'))
+    monkeypatch.setattr(datasets, 'available_memory', lambda: 3 * size)
+    for processes, held in ((2, True), (4, False)):
+        train, *_ = datasets.open_files(root, False, False, 5, processes, show=False)
+        assert (train.buffer is not None) == held
+
+
+def test_files_in_memory_are_not_read_again(root, tmp_path, expected):
+    for part in ('train', 'valid'):
+        (tmp_path / part).symlink_to(root / part)
+    files, *_ = datasets.open_files(tmp_path, False, False, 5, show=False)
+    for part in ('train', 'valid'):
+        (tmp_path / part).unlink()
+    assert files.buffer.dtype == torch.uint8 and files.buffer.dim() == 1
+    batches = FileBatches(files, 4, CPU, 2, generator=torch.Generator().manual_seed(5))
+    assert_equal_batches(list(batches), expected[0][0])
+
+
+def test_the_available_memory_is_what_the_system_says():
+    free = datasets.available_memory()
+    total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    assert 0 < free <= total or math.isinf(free)
+
+
+@pytest.mark.parametrize('limit, wanted', [('3000000', 3000000 - 2500000 + 2000000), ('max', 9000 * 1024), (None, 9000 * 1024)])
+def test_a_containers_limit_counts_but_not_files_that_were_read_before(limit, wanted, tmp_path, monkeypatch):
+    (tmp_path / 'meminfo').write_text('MemTotal:       10000 kB\nMemAvailable:    9000 kB\n')
+    if limit:
+        (tmp_path / 'memory.max').write_text(f'{limit}\n')
+        (tmp_path / 'memory.current').write_text('2500000\n')
+        (tmp_path / 'memory.stat').write_text('anon 400000\ninactive_file 2000000\nactive_file 100000\n')
+    monkeypatch.setattr(datasets, 'Path', lambda path: tmp_path / ('meminfo' if 'meminfo' in path else ''))
+    assert datasets.available_memory() == wanted
+
+
+def memory_of(pid):
+    """Proportional and private memory of a process, in MB."""
+    with open(f'/proc/{pid}/smaps_rollup') as file:
+        values = {line.split()[0]: int(line.split()[1]) for line in file if line.split()[-1] == 'kB'}
+    return values['Pss:'] / 1024, (values['Private_Clean:'] + values['Private_Dirty:']) / 1024
+
+
+def hold_and_report(root, workers, pipe):
+    """In a process of its own: hold 200 MB, read two epochs, report the memory of this process and of its workers."""
+    torch.set_num_threads(1)
+    files, *_ = datasets.open_files(root, False, False, 0, show=False)
+    batches = FileBatches(files, 10, CPU, workers, generator=torch.Generator())
+    for _ in range(2):
+        for _ in batches:
+            pass
+    workers = [process.pid for process in multiprocessing.active_children()]
+    pipe.send([memory_of(pid) for pid in (os.getpid(), *workers)])
+
+
+@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='the system does not tell the memory of a process')
+def test_workers_share_the_files_in_memory_without_a_copy_each(tmp_path):
+    for part, count in (('train', 100), ('valid', 1)):
+        many(tmp_path / part, count)
+        for index, path in enumerate(sorted((tmp_path / part).rglob('*.JPEG'))):
+            with open(path, 'ab') as file:  # 2 MB each, random so that nothing can be compressed or merged
+                file.write(np.random.RandomState(index).bytes(2_000_000))
+    total, private = {}, {}
+    for workers in (0, 4):
+        here, there = multiprocessing.Pipe()
+        process = multiprocessing.get_context('fork').Process(target=hold_and_report, args=(tmp_path, workers, there))
+        process.start()
+        parent, *others = here.recv()
+        process.join()
+        assert len(others) == workers
+        total[workers] = parent[0] + sum(pss for pss, _ in others)
+        private[workers] = [uss for _, uss in others]
+    print(f'\n200 MB of files in memory: {total[0]:.0f} MB in all with 0 workers, {total[4]:.0f} MB with 4, of which private '
+          f'to the workers {", ".join(f"{value:.0f}" for value in private[4])} MB')
+    assert all(value < 60 for value in private[4])
+    assert total[4] < total[0] + 4 * 100  # a copy each would be 800
+
+
+# ------------------------------------------------------------------------------------------------- shares of processes
+
+@pytest.mark.parametrize('world', [1, 2, 3])
+@pytest.mark.parametrize('count, batch_size', [(12, 6), (13, 6), (17, 7), (25, 12), (7, 100), (40, 6)])
+def test_the_processes_together_see_every_image_once(count, batch_size, world, monkeypatch):
+    files = numbered(count, monkeypatch)
+    single = FileBatches(files, batch_size, CPU, 0, generator=torch.Generator().manual_seed(1))
+    ranks = [FileBatches(files, batch_size, CPU, 0, generator=torch.Generator().manual_seed(1), rank=rank, world=world)
+             for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = []
+    for parts in zip(*ranks, strict=True):
+        seen += [number for images, _, _ in parts for number in numbers(images)]
+        sizes = [len(labels) for _, labels, _ in parts]
+        assert sum(weight for *_, weight in parts) == pytest.approx(world)
+        assert [weight for *_, weight in parts] == pytest.approx([world * size / sum(sizes) for size in sizes])
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 2
+    assert sorted(seen) == list(range(count))
+    assert seen == [number for images, *_ in single for number in numbers(images)]  # and in one order
+
+    seen = [[numbers(images) for images, _ in FileBatches(files, batch_size, CPU, 0, rank=rank, world=world)]
+            for rank in range(world)]
+    flat = [number for rank in seen for batch in rank for number in batch]
+    assert sorted(flat) == list(range(count))
+
+
+def test_a_training_set_smaller_than_the_processes_need_counts_right(monkeypatch):
+    """Three images, two processes: one of them has a lone image, shown twice and counted once."""
+    files = numbered(3, monkeypatch)
+    parts = [next(iter(FileBatches(files, 8, CPU, 0, generator=torch.Generator().manual_seed(1), rank=rank, world=2)))
+             for rank in (0, 1)]
+    assert sorted({number for images, *_ in parts for number in numbers(images)}) == [0, 1, 2]
+    assert [weight for *_, weight in parts] == pytest.approx([2 / 3, 4 / 3])
+
+
+@pytest.mark.parametrize('batch_size, world, good', [(4, 2, True), (5, 3, False), (1, 1, False), (2, 1, True)])
+def test_a_batch_must_hold_two_images_for_each_process(batch_size, world, good, monkeypatch):
+    files = numbered(9, monkeypatch)
+    data = datasets.load('digits', '', False, CPU)
+    makers = (lambda: FileBatches(files, batch_size, CPU, 0, generator=torch.Generator(), world=world),
+              lambda: datasets.TrainBatches(data, batch_size, torch.Generator(), world=world))
+    for make in makers:
+        if good:
+            make()
+        else:
+            with pytest.raises(DataError, match=f'a batch of {batch_size} .* for {world} process.* at least {2 * world}'):
+                make()
+    FileBatches(files, 1, CPU, 0, world=world)  # evaluation may
+
+
+def test_chosen_images_come_in_the_chosen_order(monkeypatch):
+    files = numbered(20, monkeypatch)
+    batches = FileBatches(files, 5, CPU, 0, indices=torch.arange(19, -1, -2))
+    assert batches.count == 10 and len(batches) == 2
+    images, labels = batches.batch(torch.tensor([9, 0, 4]))
+    assert numbers(images) == [1, 19, 11] and labels.tolist() == [0, 0, 0]
+    assert [numbers(images) for images, _ in batches] == [[19, 17, 15, 13, 11], [9, 7, 5, 3, 1]]
