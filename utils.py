@@ -158,7 +158,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
+        self.args, self.start = args, time.monotonic()
         self.device = choose_device(args.device)
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         if self.world > 1 and not dist.is_initialized():
@@ -231,13 +231,15 @@ class Run:
         self.together(create)
 
     def write_metrics(self, **values: Any) -> None:
-        """Append one JSON object to metrics.jsonl."""
+        """Append one JSON object to metrics.jsonl; its `seconds` are those since the program's start."""
         if self.is_first:
+            values['seconds'] = round(time.monotonic() - self.start, 1)
             with open(self.output_dir / 'metrics.jsonl', 'a') as file:
                 file.write(json.dumps(values) + '\n')
 
     def state(self) -> dict[str, Any]:
-        """What every checkpoint holds of a run: arguments, random generators of all processes, length of metrics.jsonl.
+        """What every checkpoint holds of a run: arguments, where it runs, random generators of all processes, length of
+        metrics.jsonl.
 
         All processes call it together.
         """
@@ -247,7 +249,7 @@ class Run:
             of_all = [None] * self.world
             dist.all_gather_object(of_all, random[0])
             random = of_all
-        return {'args': vars(self.args), 'random': random,
+        return {'args': vars(self.args), 'environment': self.environment(), 'random': random,
                 'scaler': self.scaler.state_dict(), 'metrics_bytes': metrics.stat().st_size if metrics.exists() else 0}
 
     def resume(self, state: dict[str, Any], where: str) -> None:
@@ -329,11 +331,15 @@ class Run:
             return DataParallel(model)
         return model
 
-    def log_start(self, model: nn.Module, madds: int) -> None:
-        """Log what a reader wants to know first: device, sizes, arguments."""
+    def environment(self) -> str:
+        """Where the program runs, as a log line shows it: device, processes, PyTorch's version."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else f'{torch.get_num_threads()} threads'
         processes = f', {self.world} processes' if self.world > 1 else ''
-        self.log(f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}')
+        return f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}'
+
+    def log_start(self, model: nn.Module, madds: int) -> None:
+        """Log what a reader wants to know first: device, sizes, arguments."""
+        self.log(self.environment())
         self.log(f'parameters {count_parameters(model):,} (without the auxiliary head), multiply-adds of one image {madds:,}')
         self.log('arguments ' + ' '.join(f'--{key}={value}' for key, value in vars(self.args).items()))
 
