@@ -408,6 +408,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def architecture_of(state: dict[str, Any]) -> str | None:
+    """The architecture of a checkpoint's network, as a user names it; None if the checkpoint does not say.
+
+    A pool file that --fixed_arc named may have changed since, so the line that the checkpoint holds goes first.
+    """
+    args = state['args']
+    return state.get('arch') or args.get('fixed_arc') or args.get('arch')  # the last is the reference's name for it
+
+
 def load_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Load a checkpoint's weights strictly; raises UserError if they are those of another network."""
     wanted = model.state_dict()
@@ -624,8 +633,9 @@ def parse_training_arguments(parser: Parser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.mode == 'test':
         path = args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt'
-        saved = load_checkpoint(path)['args']
-        saved.setdefault('fixed_arc', saved.get('arch'))  # the reference's name for it
+        state = load_checkpoint(path)
+        saved = state['args']
+        saved['fixed_arc'] = architecture_of(state)
         known = {name: saved[name] for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
                  if saved.get(name) is not None}
         parser.set_defaults(**known)
@@ -656,8 +666,10 @@ def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Ite
 
 
 def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batches: Iterable, *, l2_reg: float,
-                  **options: Any) -> None:
+                  classes: list[str] | None = None, **options: Any) -> None:
     """Train a network to the end, from checkpoint.pt in the output directory if there is one; `options` go to `fit`.
+
+    classes: their names, for the checkpoint.
 
     After each epoch checkpoint.pt, and checkpoint_best.pt if the test accuracy is the best so far, are written, and a line
     of metrics.jsonl.
@@ -682,8 +694,9 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
         paths = [run.output_dir / 'checkpoint_best.pt'] * is_best + [path]
         if run.args.save_every and epoch % run.args.save_every == 0:
             paths.insert(0, run.output_dir / f'checkpoint_{epoch}.pt')
-        save_checkpoint(run, run.state() | {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch,
-                                       'step': step, 'best_acc_top1': best}, *paths)
+        save_checkpoint(run, run.state() | {
+            'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch, 'step': step,
+            'best_acc_top1': best, 'arch': str(model.arch), 'classes': classes}, *paths)
 
     fit(run, model, optimizer, train_batches, eval_batches, state=state, after_epoch=after_epoch, **options)
     run.log(f'finished: best test top-1 error {100 - best:.2f} %, checkpoints in {run.output_dir}')
