@@ -6,6 +6,7 @@ random generators; `train_epoch` and `evaluate` are the one loop; `fit` is a who
 
 import argparse
 import contextlib
+import difflib
 import inspect
 import json
 import math
@@ -43,16 +44,45 @@ class NotFiniteError(Exception):
 
 # ----------------------------------------------------------------------------------------------------- flags and errors
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+class OneLineHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with a line for each flag: what it means, its default if it has one; the terminal wraps, not we."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=40, width=1000)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if any(action.default is none for none in (None, False, argparse.SUPPRESS)) or not action.option_strings:
+            return action.help
+        return super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: 'N', float: 'X'}.get(getattr(action.type, 'kind', None), 'TEXT')
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help is a line for each flag.
+
+    positional: what the usage line shows besides flags.
+    """
+
+    def __init__(self, description: str, positional: str = ''):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=OneLineHelp,
+                         usage=f'%(prog)s [--FLAG=VALUE ...] {positional}'.rstrip())
 
     def error(self, message: str) -> None:
         """Print the message as one line and exit with status 2."""
         raise UserError(f'{message} (see --help)')
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        """Parse the flags; for an unknown one the error suggests the nearest. Raises UserError."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split('=')[0], known, n=1)
+            if not unknown[0].startswith('-'):
+                self.error(f'what is {unknown[0]!r} for? a value with spaces needs quotes, --FLAG="A B"')
+            self.error(f'there is no flag {unknown[0]}' + (f'; did you mean {near[0]}?' if near else ''))
+        return parsed
 
 
 def number(kind: type, least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
@@ -68,6 +98,7 @@ def number(kind: type, least: float, most: float = math.inf, *, above: bool = Fa
             raise argparse.ArgumentTypeError(
                 f'must be {name} {low}{f" and at most {most:g}" if most < math.inf else ""}, not {text!r}')
         return value
+    convert.kind = kind  # for the help
     return convert
 
 
@@ -80,12 +111,14 @@ FRACTION = number(float, 0, 1)
 def add_run_arguments(parser: Parser, output_dir: str, data: str = 'data') -> None:
     """The flags of every program: where it runs, where it writes, the seed."""
     group = parser.add_argument_group('run')
-    group.add_argument('--data', default=data, help='directory of the data set')
-    group.add_argument('--output_dir', default=output_dir, help='directory of checkpoints and metrics.jsonl; a run that '
-                       'finds its checkpoint.pt there goes on from it')
-    group.add_argument('--device', help='cpu, cuda, cuda:N or mps; None: CUDA if there is one, else MPS, else the CPU')
+    group.add_argument('--data', metavar='DIR', default=data, help='directory of the data set')
+    group.add_argument('--output_dir', metavar='DIR', default=output_dir, help='directory of checkpoints and metrics.jsonl; '
+                       'a run that finds its checkpoint.pt there goes on from it')
+    group.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:N or mps (default: CUDA if there is a GPU, else MPS, '
+                       'else the CPU)')
     group.add_argument('--seed', type=COUNT, default=0, help='of all random draws')
-    group.add_argument('--amp', choices=['off', 'bf16', 'fp16'], default='off', help='mixed precision; off: float32 throughout')
+    group.add_argument('--amp', choices=['off', 'bf16', 'fp16'], default='off', help='mixed precision; off: float32 '
+                       'throughout')
     group.add_argument('--tf32', action='store_true', help='let NVIDIA GPUs round the factors of float32 products to TF32')
     group.add_argument('--save_every', type=COUNT, default=0, metavar='N',
                        help='also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best')
@@ -601,7 +634,8 @@ def add_file_arguments(parser: Parser) -> None:
 def add_network_arguments(parser: Parser, layers: int, channels: int, keep_prob: float, drop_path: float) -> None:
     """The flags of a fixed architecture's network."""
     group = parser.add_argument_group('network')
-    group.add_argument('--fixed_arc', '--arch', help='the architecture: a line of integers, or the path of an arch_pool file')
+    group.add_argument('--fixed_arc', '--arch', metavar='ARCH', help='the architecture: a line of integers, NAONet_A, NAONet_B '
+                       'or the path of an arch_pool file')
     group.add_argument('--arc_index', type=COUNT, default=0, help='which line of the arch_pool file, from 0')
     group.add_argument('--layers', type=POSITIVE_INT, default=layers, help='normal cells before, between and after the '
                        'reduction cells')
@@ -616,10 +650,11 @@ def add_training_arguments(parser: Parser, batch_size: int, eval_batch_size: int
     """The flags of training and testing a fixed architecture's network."""
     group = parser.add_argument_group('training')
     group.add_argument('--mode', choices=['train', 'test'], default='train', help='test: only evaluate a checkpoint')
-    group.add_argument('--checkpoint', metavar='PATH', help='what to test; None: checkpoint_best.pt in --output_dir')
+    group.add_argument('--checkpoint', metavar='PATH', help='what to test (default: checkpoint_best.pt in '
+                       '--output_dir)')
     group.add_argument('--batch_size', type=POSITIVE_INT, default=batch_size, help='images per step')
     group.add_argument('--eval_batch_size', type=POSITIVE_INT, default=eval_batch_size, help='images per evaluation step')
-    group.add_argument('--epochs', type=POSITIVE_INT, default=epochs)
+    group.add_argument('--epochs', type=POSITIVE_INT, default=epochs, help='how often all training images are seen')
     group.add_argument('--l2_reg', type=NOT_NEGATIVE, default=l2_reg, help='weight decay')
     group.add_argument('--compile', action='store_true', help='compile each cell with torch.compile (minutes, then faster on '
                        'GPUs)')
