@@ -277,8 +277,11 @@ class Search:
             with run.autocast():
                 logits, _ = self.supernet(images, self.pool[index], bn_train=True)
             right[index] = (logits.argmax(1) == labels).sum()
+            progress = f'scored {index + 1}/{len(self.pool)} architectures'
             if (index + 1) % utils.LOG_EVERY == 0:
-                run.log(f'scored {index + 1}/{len(self.pool)} architectures')
+                run.log(progress)
+            elif run.live.due:
+                run.live.show(progress)
         accuracies = [count / len(labels) for count in run.sum(right).tolist()]
         order = sorted(range(len(self.pool)), key=lambda index: -accuracies[index])
         self.pool, self.accuracies = [self.pool[i] for i in order], [accuracies[i] for i in order]

@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -31,6 +32,7 @@ import architecture
 from datasets import DataError
 
 LOG_EVERY = 100  # steps between two log lines
+LIVE_EVERY = 2  # seconds between two looks at a running loss, which wait for the device; only on a terminal
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
 
 
@@ -48,7 +50,7 @@ class OneLineHelp(argparse.ArgumentDefaultsHelpFormatter):
     """Help with a line for each flag: what it means, its default if it has one; the terminal wraps, not we."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=40, width=1000)
+        super().__init__(prog, max_help_position=50, width=1000)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if any(action.default is none for none in (None, False, argparse.SUPPRESS)) or not action.option_strings:
@@ -142,6 +144,7 @@ def run_program(main: Callable[[], None]) -> None:
         return
     sys.stdout.flush()
     if os.environ.get('LOCAL_RANK', '0') == '0':  # of several processes, one a machine speaks
+        LiveLine(True).clear()
         print(line, file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -182,6 +185,32 @@ def default_generator(device: torch.device) -> torch.Generator | None:
     return torch.default_generator if device.type == 'cpu' else None
 
 
+class LiveLine:
+    """A line of progress under the log, on a terminal; in a file or a pipe it shows nothing and costs nothing."""
+
+    def __init__(self, shown: bool):
+        terminals = (stream for stream in (sys.stderr, sys.stdout) if stream.isatty())
+        self.stream = next(terminals, None) if shown else None
+        self.next = time.monotonic() + LIVE_EVERY
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to call `show` again."""
+        return self.stream is not None and time.monotonic() >= self.next
+
+    def show(self, text: str) -> None:
+        """Replace the line's text, cut to the terminal's width."""
+        self.stream.write(f'\r{text[:shutil.get_terminal_size().columns - 1]}\x1b[K')
+        self.stream.flush()
+        self.next = time.monotonic() + LIVE_EVERY
+
+    def clear(self) -> None:
+        """Make room for a log line."""
+        if self.stream is not None:
+            self.stream.write('\r\x1b[K')
+            self.stream.flush()
+
+
 class Run:
     """Where a program runs and writes: device, process, output directory, logs, metrics and all random generators.
 
@@ -197,6 +226,7 @@ class Run:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
         self.output_dir = Path(args.output_dir)
+        self.live = LiveLine(self.rank == 0)
         self.generators = {'default': torch.default_generator, 'data': torch.Generator(self.device),
                            'search': torch.Generator()}
         on_device = default_generator(self.device)
@@ -221,6 +251,7 @@ class Run:
     def log(self, message: str) -> None:
         """Print a line with the time in front."""
         if self.is_first:
+            self.live.clear()
             print(f'{datetime.now():%Y-%m-%d %H:%M:%S} {message}', flush=True)
 
     def together(self, function: Callable[[], Any]) -> Any:
@@ -494,9 +525,12 @@ class Meter:
         self.sums[:3] += torch.stack([loss * len(labels), right[:, 0].sum(), right.sum()])
         self.sums[3] += len(labels)
 
-    def values(self) -> dict[str, float]:
-        """Mean loss, top-1 and top-5 accuracy in per cent, images per second, of all processes; waits for the device."""
-        loss, top1, top5, images = self.run.sum(self.sums.clone()).tolist()
+    def values(self, of_all: bool = True) -> dict[str, float]:
+        """Mean loss, top-1 and top-5 accuracy in per cent, images per second; waits for the device.
+
+        Of all processes, which call it together, or of this one.
+        """
+        loss, top1, top5, images = (self.run.sum(self.sums.clone()) if of_all else self.sums).tolist()
         seconds = time.perf_counter() - self.start
         return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images,
                 'images_per_second': images / seconds}
@@ -556,6 +590,8 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
         step += 1
         if done % LOG_EVERY == 0:
             run.log(f'{title} step {done}/{count} {describe(values())} lr {lr:.3g} left {clock.left(step)}')
+        elif run.live.due:
+            run.live.show(f'{title} step {done}/{count} {describe(meter.values(of_all=False))} left {clock.left(step)}')
         if done == count:
             break
     return values(), step
@@ -566,11 +602,13 @@ def evaluate(run: Run, model: nn.Module, batches: Iterable) -> dict[str, float]:
     """Mean loss, top-1 and top-5 accuracy in per cent of the model in eval mode on `batches`."""
     model.eval()
     meter = Meter(run)
-    for images, labels in batches:
+    for done, (images, labels) in enumerate(batches, start=1):
         with run.autocast():
             logits, _ = model(images)
             loss = F.cross_entropy(logits, labels)
         meter.update(logits, labels, loss)
+        if run.live.due:
+            run.live.show(f'testing {done}/{len(batches)} {describe(meter.values(of_all=False))}')
     return meter.values()
 
 
