@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,8 @@ def add_run_arguments(parser: Parser, output_dir: str, data: str = 'data') -> No
     group.add_argument('--tf32', action='store_true', help='let NVIDIA GPUs round the factors of float32 products to TF32')
     group.add_argument('--save_every', type=COUNT, default=0, metavar='N',
                        help='also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best')
+    group.add_argument('--tensorboard', action='store_true', help='mirror metrics.jsonl for TensorBoard in --output_dir (needs '
+                       'the package tensorboard)')
 
 
 def run_program(main: Callable[[], None]) -> None:
@@ -211,6 +214,34 @@ class LiveLine:
             self.stream.flush()
 
 
+class EventFile:
+    """metrics.jsonl's records as an event file for TensorBoard; a resumed run's replace those that it does again."""
+
+    def __init__(self, directory: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError('--tensorboard needs the package tensorboard: pip install tensorboard, or drop the flag') from None
+        self.writer, self.open_writer = None, partial(SummaryWriter, directory)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Mirror a record: numbers as curves (one for each key of a dict), lists as histograms, text as text."""
+        step = values.get('search_epoch', values.get('epoch', values.get('index')))
+        if self.writer is None:
+            self.writer = self.open_writer(purge_step=step if values['kind'] == 'epoch' else None)
+
+        def add(name: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    add(f'{name}/{key}', inner)
+            elif isinstance(value, list):
+                self.writer.add_histogram(name, torch.tensor(value), step)
+            else:
+                (self.writer.add_text if isinstance(value, str) else self.writer.add_scalar)(name, value, step)
+        add(values['kind'], {key: value for key, value in values.items() if key != 'kind'})
+        self.writer.flush()
+
+
 class Run:
     """Where a program runs and writes: device, process, output directory, logs, metrics and all random generators.
 
@@ -227,6 +258,7 @@ class Run:
             dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
         self.output_dir = Path(args.output_dir)
         self.live = LiveLine(self.rank == 0)
+        self.events = EventFile(self.output_dir) if getattr(args, 'tensorboard', False) else None
         self.generators = {'default': torch.default_generator, 'data': torch.Generator(self.device),
                            'search': torch.Generator()}
         on_device = default_generator(self.device)
@@ -300,6 +332,8 @@ class Run:
             values['seconds'] = round(time.monotonic() - self.start, 1)
             with open(self.output_dir / 'metrics.jsonl', 'a') as file:
                 file.write(json.dumps(values) + '\n')
+            if self.events:
+                self.events.write(values)
 
     def state(self) -> dict[str, Any]:
         """What every checkpoint holds of a run: arguments, where it runs, random generators of all processes, length of
