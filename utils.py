@@ -189,11 +189,16 @@ def default_generator(device: torch.device) -> torch.Generator | None:
 
 
 class LiveLine:
-    """A line of progress under the log, on a terminal; in a file or a pipe it shows nothing and costs nothing."""
+    """A line of progress under the log, on a terminal; in a file or a pipe it shows nothing and costs nothing.
+
+    Where output goes through `tee`, as the scripts' does, TERMINAL_FD may name a descriptor of the terminal behind it.
+    """
 
     def __init__(self, shown: bool):
-        terminals = (stream for stream in (sys.stderr, sys.stdout) if stream.isatty())
-        self.stream = next(terminals, None) if shown else None
+        streams = [sys.stderr, sys.stdout]
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            streams.append(open(int(os.environ['TERMINAL_FD']), 'w', closefd=False))  # noqa: SIM115 - as long as we run
+        self.stream = next((stream for stream in streams if stream.isatty()), None) if shown else None
         self.next = time.monotonic() + LIVE_EVERY
 
     @property
