@@ -87,9 +87,9 @@ def render(arch: Architecture, form: str) -> bytes:
     return graphviz.Source(dot_source(arch)).pipe(form)
 
 
-def describe(arch: Architecture, layers: int, channels: int) -> str:
-    """The architecture as text: operations by name, and the sizes of its CIFAR and its ImageNet network."""
-    lines = [f'architecture {arch}']
+def describe_cells(arch: Architecture) -> str:
+    """The cells as text, a line for each node: its operations by name and what they read."""
+    lines = []
     for name, cell in (('normal', arch.normal), ('reduction', arch.reduction)):
         lines.append(f'{name} cell' + (' (stride 2 where the input is state 0 or 1)' if name == 'reduction' else ''))
         for index, (x_id, x_op, y_id, y_op) in enumerate(nodes_of(cell)):
@@ -97,6 +97,12 @@ def describe(arch: Architecture, layers: int, channels: int) -> str:
                         for state, operation in ((x_id, x_op), (y_id, y_op)))
             lines.append(f'  node {index} = ' + ' + '.join(operands))
         lines.append('  output = concatenation of ' + ', '.join(map(state_name, unread_states(cell))))
+    return '\n'.join(lines)
+
+
+def describe(arch: Architecture, layers: int, channels: int) -> str:
+    """The architecture as text: its cells, and the sizes of its CIFAR and its ImageNet network."""
+    lines = [f'architecture {arch}', describe_cells(arch)]
     for title, imagenet, size in (('CIFAR', False, (layers, channels)), ('ImageNet', True, (4, 42))):
         parameters, madds = runs.sizes(arch, imagenet, *size)
         lines.append(f'{title} (layers {size[0]}, channels {size[1]}): {parameters:,} parameters, {madds:,} multiply-adds')

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+WORK = {'epoch': 'training', 'score': 'scoring the pool', 'controller': 'fitting the controller',
+        'new': 'new architectures', 'rank': 'training the best from scratch'}  # by the kind of a record
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -86,25 +88,50 @@ class RunFiles:
         """The run's flags."""
         return self.checkpoint['args']
 
-    @cached_property
-    def log(self) -> list[str]:
-        """The lines of train.log, none if the program was started without a script that writes one."""
-        path = self.path / 'train.log'
-        return path.read_text(errors='replace').splitlines() if path.exists() else []
-
     @property
     def is_search(self) -> bool:
         """Whether the run is a search."""
         return 'train' in self.metrics[0] and 'test' not in self.metrics[0]
 
     @property
+    def dataset(self) -> str:
+        """The data set's name as flags give it; 'imagenet' for any folder of images."""
+        return self.args.get('dataset') or 'imagenet'
+
+    @property
+    def seconds_by_kind(self) -> dict[str, float]:
+        """How long the run has computed, over all its starts, for each kind of work; empty if it did not record that."""
+        spent: dict[str, float] = {}
+        last = 0.0
+        for record in self.metrics:
+            if (now := record.get('seconds')) is None:
+                return {}
+            spent.setdefault(WORK[record['kind']], 0.0)
+            spent[WORK[record['kind']]] += now - last if now >= last else now  # a resumed run counts from its own start
+            last = now
+        return spent
+
+    @property
     def seconds(self) -> float | None:
         """How long the run has computed, over all its starts; None if it did not record that."""
-        times = [record.get('seconds') for record in self.metrics]
-        if None in times:
-            return None
-        before = [0.0, *times]
-        return sum(now - last if now >= last else now for last, now in zip(before, times, strict=False))
+        return sum(self.seconds_by_kind.values()) or None
+
+    @property
+    def best_error(self) -> float | None:
+        """The lowest top-1 error in per cent so far: of the test, or of a search's best on the validation split."""
+        if not self.is_search:
+            return 100 - max(record['best_acc_top1'] for record in self.records('epoch'))
+        best = [record['accuracy'] for record in self.records('rank')]
+        best = best or [max(record['accuracies']) for record in self.records('score')[-1:]]
+        return 100 - 100 * max(best) if best else None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Parameters and multiply-adds of the network of the best architecture, as the run trains it."""
+        prefix = 'child_' if self.is_search else ''
+        weights = self.checkpoint['model']
+        return sizes(self.found[0][1], self.dataset == 'imagenet', self.args[f'{prefix}layers'],
+                     self.args[f'{prefix}channels'], len(weights['classifier.weight']))
 
     @property
     def found(self) -> list[tuple[str, Architecture]]:
@@ -138,6 +165,11 @@ def sizes(arch: Architecture, imagenet: bool, layers: int, channels: int, classe
         classes = classes or (1000 if imagenet else 10)
         model = network(classes, layers, len(arch.normal) // 4, channels, 1.0, 1.0, False, 1, arch)
         return utils.count_parameters(model), utils.count_madds(model, 224 if imagenet else 32)
+
+
+def percent(value: float | None) -> str:
+    """A number as per cent; a dash where there is none."""
+    return '-' if value is None else f'{value:.2f} %'
 
 
 def write(path: Path, content: str | bytes) -> None:
