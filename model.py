@@ -233,9 +233,13 @@ class FixedNetwork(Backbone):
     def forward(self, input: Tensor, step: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Images (batch, 3, h, w) -> (logits, auxiliary logits or None), each (batch, classes).
 
-        step: the global optimiser step, for the drop-path schedule.
+        step: the global optimiser step, for the drop-path schedule. While torch.jit traces, an empty tensor stands for
+        None, which a trace cannot return.
         """
-        return self.propagate(input, step)
+        logits, aux_logits = self.propagate(input, step)
+        if aux_logits is None and torch.jit.is_tracing():
+            aux_logits = logits.new_empty(0)
+        return logits, aux_logits
 
 
 class NASNetworkCIFAR(CIFARStem, FixedNetwork):

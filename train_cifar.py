@@ -21,7 +21,7 @@ def parse_args() -> 'utils.argparse.Namespace':
     utils.add_training_arguments(parser, batch_size=128, eval_batch_size=500, epochs=600, l2_reg=3e-4)
     utils.add_network_arguments(parser, layers=6, channels=36, keep_prob=0.6, drop_path=0.8)
     group = parser.add_argument_group('CIFAR')
-    group.add_argument('--dataset', choices=datasets.SOURCES, default='cifar10')
+    group.add_argument('--dataset', choices=datasets.SOURCES, default='cifar10', help='which images')
     group.add_argument('--cutout_size', type=utils.COUNT, default=0, help='side of the square that cutout zeroes; 0: none')
     group.add_argument('--lr_max', type=utils.POSITIVE, default=0.025, help='learning rate of the first epoch')
     group.add_argument('--lr_min', type=utils.NOT_NEGATIVE, default=0.0, help='learning rate that the cosine ends at')

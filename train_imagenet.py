@@ -60,7 +60,8 @@ def main() -> None:
     train_batches = datasets.FileBatches(train_files, args.batch_size, run.device, args.workers,
                                          generator=run.generators['data'], rank=run.rank, world=run.world)
     utils.train_network(run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, valid_batches,
-                        l2_reg=args.l2_reg, epochs=args.epochs, grad_bound=args.grad_clip, label_smooth=args.label_smooth,
+                        l2_reg=args.l2_reg, classes=classes, epochs=args.epochs, grad_bound=args.grad_clip,
+                        label_smooth=args.label_smooth,
                         lr=partial(utils.step_decay, lr=args.lr, gamma=args.gamma, decay_period=args.decay_period))
 
 

@@ -71,16 +71,18 @@ def parse_args() -> argparse.Namespace:
     utils.add_run_arguments(parser, output_dir='exp/search_cifar10')
     parser.add_argument('--method', choices=METHODS, default='NAO-WS', help='NAO-WS: with weight sharing; NAO: every candidate '
                         'is trained on its own')
-    parser.add_argument('--search_space', choices=architecture.SEARCH_SPACES, help='None: small for NAO-WS, large for NAO')
+    parser.add_argument('--search_space', choices=architecture.SEARCH_SPACES,
+                        help='operations to choose from (default: small for NAO-WS, large for NAO)')
     parser.add_argument('--rounds', type=utils.POSITIVE_INT, default=3, help='NAO: rounds of new candidates after the first')
-    parser.add_argument('--dataset', choices=[*datasets.SOURCES, 'imagenet'], default='cifar10',
-                        help='imagenet: any folder of images in class folders, see --data')
+    group = parser.add_argument_group('images')
+    group.add_argument('--dataset', choices=[*datasets.SOURCES, 'imagenet'], default='cifar10',
+                       help='imagenet: any folder of images in class folders, see --data')
     utils.add_file_arguments(parser)
     group = parser.add_argument_group('child: the weight-sharing network')
     for name, kind, default, text in (
             ('batch_size', utils.BATCH, 64, 'images per step'),
             ('eval_batch_size', utils.POSITIVE_INT, 500, 'validation images that an architecture is scored on'),
-            ('epochs', utils.POSITIVE_INT, 150, 'epochs of the whole search'),
+            ('epochs', utils.POSITIVE_INT, 150, 'how often all images of the training split are seen'),
             ('layers', utils.POSITIVE_INT, 3, 'normal cells before, between and after the reduction cells'),
             ('nodes', utils.POSITIVE_INT, 5, 'nodes of a cell'),
             ('channels', utils.POSITIVE_INT, 20, 'channels of the first cells'),
@@ -96,7 +98,7 @@ def parse_args() -> argparse.Namespace:
             ('drop_path_keep_prob', utils.KEEP, 0.9, '1 - drop path of the last cell at the end'),
             ('l2_reg', utils.NOT_NEGATIVE, 3e-4, 'weight decay'),
             ('eval_epochs', eval_epochs, 30, 'score every N epochs, or after the epochs of a list such as [30,60]'),
-            ('arch_pool', str, None, 'a pool file to start from; None: random architectures'),
+            ('arch_pool', str, None, 'path of a pool file to start from (default: random architectures)'),
             ('rank_count', utils.COUNT, 5, 'how many of the best are trained from scratch at the end'),
             ('rank_epochs', utils.POSITIVE_INT, 10, 'epochs of each training from scratch')):
         group.add_argument(f'--child_{name}', type=kind, default=default, help=text)
@@ -107,23 +109,23 @@ def parse_args() -> argparse.Namespace:
             ('seed_arch', utils.POSITIVE_INT, 600, 'architectures in the pool'),
             ('new_arch', utils.POSITIVE_INT, 300, 'new architectures a round'),
             ('expand', utils.POSITIVE_INT, None, 'N: write N-1 copies of each architecture with swapped operands and hold '
-             '10 %% out; None: swap anew in each epoch, hold none out'),
+             '10 %% out (default: swap anew in each epoch, hold none out)'),
             ('epochs', utils.POSITIVE_INT, 1000, 'epochs of a fit'),
             ('batch_size', utils.POSITIVE_INT, 100, 'architectures per step'),
             ('lr', utils.POSITIVE, 0.001, 'learning rate of Adam'),
             ('trade_off', utils.FRACTION, 0.8, 'weight of the prediction loss; the rest weighs the reconstruction'),
             ('l2_reg', utils.NOT_NEGATIVE, 1e-4, 'weight decay'),
             ('grad_bound', utils.POSITIVE, 5.0, 'gradients are clipped to this norm'),
-            ('encoder_layers', utils.POSITIVE_INT, 1, 'LSTM layers'),
-            ('encoder_hidden_size', utils.POSITIVE_INT, 96, "features of the LSTM's output"),
-            ('encoder_emb_size', utils.POSITIVE_INT, 48, "features of a token's embedding"),
-            ('encoder_dropout', utils.FRACTION, 0.0, 'dropout on embeddings and outputs'),
+            ('encoder_layers', utils.POSITIVE_INT, 1, 'LSTM layers of the encoder'),
+            ('encoder_hidden_size', utils.POSITIVE_INT, 96, 'units of each of them'),
+            ('encoder_emb_size', utils.POSITIVE_INT, 48, 'numbers that a token is embedded in'),
+            ('encoder_dropout', utils.FRACTION, 0.0, 'share of their inputs that is dropped'),
             ('mlp_layers', utils.COUNT, 3, 'hidden layers of the performance predictor'),
-            ('mlp_hidden_size', utils.POSITIVE_INT, 200, 'features of each'),
-            ('mlp_dropout', utils.FRACTION, 0.1, 'dropout after each'),
-            ('decoder_layers', utils.POSITIVE_INT, 1, 'LSTM layers'),
-            ('decoder_hidden_size', utils.POSITIVE_INT, 96, "features of the LSTM's output, as the encoder's"),
-            ('decoder_dropout', utils.FRACTION, 0.0, 'dropout on embeddings')):
+            ('mlp_hidden_size', utils.POSITIVE_INT, 200, 'units of each of them'),
+            ('mlp_dropout', utils.FRACTION, 0.1, 'share of their outputs that is dropped'),
+            ('decoder_layers', utils.POSITIVE_INT, 1, 'LSTM layers of the decoder'),
+            ('decoder_hidden_size', utils.POSITIVE_INT, 96, 'units of each of them'),
+            ('decoder_dropout', utils.FRACTION, 0.0, 'share of their inputs that is dropped')):
         group.add_argument(f'--controller_{name}', type=kind, default=default, help=text)
     method = parser.parse_args().method
     parser.set_defaults(**METHOD_DEFAULTS[method])
@@ -224,8 +226,11 @@ def score_pool(run: utils.Run, supernet: Supernet, pool: Sequence[Architecture],
         with run.autocast():
             logits, _ = supernet(images, pool[index], bn_train=True)
         right[index] = (logits.argmax(1) == labels).sum()
+        progress = f'scored {index + 1}/{len(pool)} architectures'
         if (index + 1) % utils.LOG_EVERY == 0:
-            run.log(f'scored {index + 1}/{len(pool)} architectures')
+            run.log(progress)
+        elif run.live.due:
+            run.live.show(progress)
     return [count / len(labels) for count in run.sum(right).tolist()]
 
 

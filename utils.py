@@ -7,12 +7,14 @@ random generators; `train_epoch` and `evaluate` are the one loop; `fit` is a who
 import argparse
 import contextlib
 import copy
+import difflib
 import errno
 import inspect
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -20,6 +22,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from datasets import DataError
 from operations import FactorizedReduce
 
 LOG_EVERY = 100  # steps between two log lines
+LIVE_EVERY = 2  # seconds between two looks at a running loss, which wait for the device; only on a terminal
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
 NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'), np.dtype,
                 type(np.dtype(np.float64)), type(np.dtype(np.float32))]  # what a pickled one, such as an accuracy, needs
@@ -51,16 +55,45 @@ class NotFiniteError(Exception):
 
 # ----------------------------------------------------------------------------------------------------- flags and errors
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+class OneLineHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with a line for each flag: what it means, its default if it has one; the terminal wraps, not we."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=50, width=1000)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if any(action.default is none for none in (None, False, argparse.SUPPRESS)) or not action.option_strings:
+            return action.help
+        return super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: 'N', float: 'X'}.get(getattr(action.type, 'kind', None), 'TEXT')
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help is a line for each flag.
+
+    positional: what the usage line shows besides flags.
+    """
+
+    def __init__(self, description: str, positional: str = ''):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=OneLineHelp,
+                         usage=f'%(prog)s [--FLAG=VALUE ...] {positional}'.rstrip())
 
     def error(self, message: str) -> None:
         """Print the message as one line and exit with status 2."""
         raise UserError(f'{message} (see --help)')
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        """Parse the flags; for an unknown one the error suggests the nearest. Raises UserError."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split('=')[0], known, n=1)
+            if not unknown[0].startswith('-'):
+                self.error(f'what is {unknown[0]!r} for? a value with spaces needs quotes, --FLAG="A B"')
+            self.error(f'there is no flag {unknown[0]}' + (f'; did you mean {near[0]}?' if near else ''))
+        return parsed
 
 
 def number(kind: type, least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
@@ -76,6 +109,7 @@ def number(kind: type, least: float, most: float = math.inf, *, above: bool = Fa
             raise argparse.ArgumentTypeError(
                 f'must be {name} {low}{f" and at most {most:g}" if most < math.inf else ""}, not {text!r}')
         return value
+    convert.kind = kind  # for the help
     return convert
 
 
@@ -90,15 +124,19 @@ FRACTION = number(float, 0, 1)
 def add_run_arguments(parser: Parser, output_dir: str, data: str = 'data') -> None:
     """The flags of every program: where it runs, where it writes, the seed."""
     group = parser.add_argument_group('run')
-    group.add_argument('--data', default=data, help='directory of the data set')
-    group.add_argument('--output_dir', default=output_dir, help='directory of checkpoints and metrics.jsonl; a run that '
-                       'finds its checkpoint.pt there goes on from it')
-    group.add_argument('--device', help='cpu, cuda, cuda:N or mps; None: CUDA if there is one, else MPS, else the CPU')
+    group.add_argument('--data', metavar='DIR', default=data, help='directory of the data set')
+    group.add_argument('--output_dir', metavar='DIR', default=output_dir, help='directory of checkpoints and metrics.jsonl; '
+                       'a run that finds its checkpoint.pt there goes on from it')
+    group.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:N or mps (default: CUDA if there is a GPU, else MPS, '
+                       'else the CPU)')
     group.add_argument('--seed', type=SEED, default=0, help='of all random draws')
-    group.add_argument('--amp', choices=['off', 'bf16', 'fp16'], default='off', help='mixed precision; off: float32 throughout')
+    group.add_argument('--amp', choices=['off', 'bf16', 'fp16'], default='off', help='mixed precision; off: float32 '
+                       'throughout')
     group.add_argument('--tf32', action='store_true', help='let NVIDIA GPUs round the factors of float32 products to TF32')
     group.add_argument('--save_every', type=COUNT, default=0, metavar='N',
                        help='also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best')
+    group.add_argument('--tensorboard', action='store_true', help='mirror metrics.jsonl for TensorBoard in --output_dir (needs '
+                       'the package tensorboard)')
 
 
 def run_program(main: Callable[[], None]) -> None:
@@ -124,6 +162,7 @@ def run_program(main: Callable[[], None]) -> None:
         return
     sys.stdout.flush()
     if is_first_to_say(line):
+        LiveLine(True).clear()
         print(line, file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -179,6 +218,65 @@ def default_generator(device: torch.device) -> torch.Generator | None:
     return torch.default_generator if device.type == 'cpu' else None
 
 
+class LiveLine:
+    """A line of progress under the log, on a terminal; in a file or a pipe it shows nothing and costs nothing.
+
+    Where output goes through `tee`, as the scripts' does, TERMINAL_FD may name a descriptor of the terminal behind it.
+    """
+
+    def __init__(self, shown: bool):
+        streams = [sys.stderr, sys.stdout]
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            streams.append(open(int(os.environ['TERMINAL_FD']), 'w', closefd=False))  # noqa: SIM115 - as long as we run
+        self.stream = next((stream for stream in streams if stream.isatty()), None) if shown else None
+        self.next = time.monotonic() + LIVE_EVERY
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to call `show` again."""
+        return self.stream is not None and time.monotonic() >= self.next
+
+    def show(self, text: str) -> None:
+        """Replace the line's text, cut to the terminal's width."""
+        self.stream.write(f'\r{text[:shutil.get_terminal_size().columns - 1]}\x1b[K')
+        self.stream.flush()
+        self.next = time.monotonic() + LIVE_EVERY
+
+    def clear(self) -> None:
+        """Make room for a log line."""
+        if self.stream is not None:
+            self.stream.write('\r\x1b[K')
+            self.stream.flush()
+
+
+class EventFile:
+    """metrics.jsonl's records as an event file for TensorBoard; a resumed run's replace those that it does again."""
+
+    def __init__(self, directory: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError('--tensorboard needs the package tensorboard: pip install tensorboard, or drop the flag') from None
+        self.writer, self.open_writer = None, partial(SummaryWriter, directory)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Mirror a record: numbers as curves (one for each key of a dict), lists as histograms, text as text."""
+        step = values.get('search_epoch', values.get('epoch', values.get('index')))
+        if self.writer is None:
+            self.writer = self.open_writer(purge_step=step if values['kind'] == 'epoch' else None)
+
+        def add(name: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    add(f'{name}/{key}', inner)
+            elif isinstance(value, list):
+                self.writer.add_histogram(name, torch.tensor(value), step)
+            else:
+                (self.writer.add_text if isinstance(value, str) else self.writer.add_scalar)(name, value, step)
+        add(values['kind'], {key: value for key, value in values.items() if key != 'kind'})
+        self.writer.flush()
+
+
 class Run:
     """Where a program runs and writes: device, process, output directory, logs, metrics and all random generators.
 
@@ -188,7 +286,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
+        self.args, self.start = args, time.monotonic()
         self.device = choose_device(args.device)
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.independent, self.prefix = False, ''
@@ -197,6 +295,8 @@ class Run:
             dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10),
                                     store=dist.PrefixStore('group', self.store), rank=self.rank, world_size=self.world)
         self.output_dir = Path(args.output_dir)
+        self.live = LiveLine(self.rank == 0)
+        self.events = EventFile(self.output_dir) if getattr(args, 'tensorboard', False) else None
         self.generators = {'default': torch.default_generator, 'data': torch.Generator(self.device),
                            'search': torch.Generator()}
         on_device = default_generator(self.device)
@@ -225,6 +325,7 @@ class Run:
     def log(self, message: str) -> None:
         """Print a line with the time in front."""
         if self.is_first:
+            self.live.clear()
             print(f'{datetime.now():%Y-%m-%d %H:%M:%S} {self.prefix}{message}', flush=True)
 
     def together(self, function: Callable[[], Any]) -> Any:
@@ -303,19 +404,23 @@ class Run:
         self.gather(None)  # nobody goes on and writes while others still clean up
 
     def write_metrics(self, **values: Any) -> None:
-        """Append one JSON object to metrics.jsonl."""
+        """Append one JSON object to metrics.jsonl; its `seconds` are those since the program's start."""
         if self.is_first:
+            values['seconds'] = round(time.monotonic() - self.start, 1)
             with open(self.output_dir / 'metrics.jsonl', 'a') as file:
                 file.write(json.dumps(values) + '\n')
+            if self.events:
+                self.events.write(values)
 
     def state(self) -> dict[str, Any]:
-        """What every checkpoint holds of a run: arguments, random generators of all processes, length of metrics.jsonl.
+        """What every checkpoint holds of a run: arguments, where it runs, random generators of all processes, length of
+        metrics.jsonl.
 
         All processes call it together.
         """
         metrics = self.output_dir / 'metrics.jsonl'
         random = self.gather({name: generator.get_state() for name, generator in self.generators.items()})
-        return {'args': vars(self.args), 'random': random,
+        return {'args': vars(self.args), 'environment': self.environment(), 'random': random,
                 'scaler': self.scaler.state_dict(), 'metrics_bytes': metrics.stat().st_size if metrics.exists() else 0}
 
     def resume(self, state: dict[str, Any], where: str) -> None:
@@ -398,11 +503,15 @@ class Run:
             return DataParallel(model)
         return model
 
-    def log_start(self, model: nn.Module, madds: int) -> None:
-        """Log what a reader wants to know first: device, sizes, arguments."""
+    def environment(self) -> str:
+        """Where the program runs, as a log line shows it: device, processes, PyTorch's version."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else f'{torch.get_num_threads()} threads'
         processes = f', {self.world} processes' if self.world > 1 else ''
-        self.log(f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}')
+        return f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}'
+
+    def log_start(self, model: nn.Module, madds: int) -> None:
+        """Log what a reader wants to know first: device, sizes, arguments."""
+        self.log(self.environment())
         self.log(f'parameters {count_parameters(model):,} (without the auxiliary head), multiply-adds of one image {madds:,}')
         self.log('arguments ' + ' '.join(f'--{key}={value}' for key, value in vars(self.args).items()))
 
@@ -483,6 +592,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def architecture_of(state: dict[str, Any]) -> str | None:
+    """The architecture of a checkpoint's network, as a user names it; None if the checkpoint does not say.
+
+    A pool file that --fixed_arc named may have changed since, so the line that the checkpoint holds goes first.
+    """
+    args = state['args']
+    return state.get('arch') or args.get('fixed_arc') or args.get('arch')  # the last is the reference's name for it
+
+
 def load_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Load a checkpoint's weights strictly; raises UserError if they are those of another network."""
     wanted = model.state_dict()
@@ -527,9 +645,12 @@ class Meter:
         self.sums[:3] += torch.stack([loss * len(labels), right[:, 0].sum(), right.sum()])
         self.sums[3] += len(labels)
 
-    def values(self) -> dict[str, float]:
-        """Mean loss, top-1 and top-5 accuracy in per cent, images per second, of all processes; waits for the device."""
-        loss, top1, top5, images = self.run.sum(self.sums.clone()).tolist()
+    def values(self, of_all: bool = True) -> dict[str, float]:
+        """Mean loss, top-1 and top-5 accuracy in per cent, images per second; waits for the device.
+
+        Of all processes, which call it together, or of this one.
+        """
+        loss, top1, top5, images = (self.run.sum(self.sums.clone()) if of_all else self.sums).tolist()
         seconds = time.perf_counter() - self.start
         return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images,
                 'images_per_second': images / seconds}
@@ -589,6 +710,8 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
         step += 1
         if done % LOG_EVERY == 0:
             run.log(f'{title} step {done}/{count} {describe(values())} lr {lr:.3g} left {clock.left(step)}')
+        elif run.live.due:
+            run.live.show(f'{title} step {done}/{count} {describe(meter.values(of_all=False))} left {clock.left(step)}')
         if done == count:
             break
     return values(), step
@@ -599,11 +722,13 @@ def evaluate(run: Run, model: nn.Module, batches: Iterable) -> dict[str, float]:
     """Mean loss, top-1 and top-5 accuracy in per cent of the model in eval mode on `batches`."""
     model.eval()
     meter = Meter(run)
-    for images, labels in batches:
+    for done, (images, labels) in enumerate(batches, start=1):
         with run.autocast():
             logits, _ = model(images)
             loss = F.cross_entropy(logits, labels)
         meter.update(logits, labels, loss)
+        if run.live.due:
+            run.live.show(f'testing {done}/{len(batches)} {describe(meter.values(of_all=False))}')
     return meter.values()
 
 
@@ -670,7 +795,8 @@ def add_file_arguments(parser: Parser) -> None:
 def add_network_arguments(parser: Parser, layers: int, channels: int, keep_prob: float, drop_path: float) -> None:
     """The flags of a fixed architecture's network."""
     group = parser.add_argument_group('network')
-    group.add_argument('--fixed_arc', '--arch', help='the architecture: a line of integers, or the path of an arch_pool file')
+    group.add_argument('--fixed_arc', '--arch', metavar='ARCH', help='the architecture: a line of integers, NAONet_A, NAONet_B '
+                       'or the path of an arch_pool file')
     group.add_argument('--arc_index', type=COUNT, default=0, help='which line of the arch_pool file, from 0')
     group.add_argument('--layers', type=POSITIVE_INT, default=layers, help='normal cells before, between and after the '
                        'reduction cells')
@@ -685,10 +811,11 @@ def add_training_arguments(parser: Parser, batch_size: int, eval_batch_size: int
     """The flags of training and testing a fixed architecture's network."""
     group = parser.add_argument_group('training')
     group.add_argument('--mode', choices=['train', 'test'], default='train', help='test: only evaluate a checkpoint')
-    group.add_argument('--checkpoint', metavar='PATH', help='what to test; None: checkpoint_best.pt in --output_dir')
+    group.add_argument('--checkpoint', metavar='PATH', help='what to test (default: checkpoint_best.pt in '
+                       '--output_dir)')
     group.add_argument('--batch_size', type=BATCH, default=batch_size, help='images per step')
     group.add_argument('--eval_batch_size', type=POSITIVE_INT, default=eval_batch_size, help='images per evaluation step')
-    group.add_argument('--epochs', type=POSITIVE_INT, default=epochs, help='epochs of the whole training')
+    group.add_argument('--epochs', type=POSITIVE_INT, default=epochs, help='how often all training images are seen')
     group.add_argument('--l2_reg', type=NOT_NEGATIVE, default=l2_reg, help='weight decay')
     group.add_argument('--compile', action='store_true', help='compile each cell with torch.compile (minutes, then faster on '
                        'GPUs)')
@@ -702,8 +829,8 @@ def parse_training_arguments(parser: Parser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.mode == 'test':
         path = args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt'
-        saved = load_checkpoint(path)['args']
-        saved.setdefault('fixed_arc', saved.get('arch'))  # the reference's name for it
+        state = load_checkpoint(path)
+        saved = state['args'] | {'fixed_arc': architecture_of(state)}
         known = [f'--{name}={saved[name]}' for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
                  if saved.get(name) is not None and hasattr(args, name)]
         try:
@@ -741,8 +868,10 @@ def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Ite
 
 
 def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batches: Iterable, *, l2_reg: float,
-                  **options: Any) -> None:
+                  classes: list[str] | None = None, **options: Any) -> None:
     """Train a network to the end, from checkpoint.pt in the output directory if there is one; `options` go to `fit`.
+
+    classes: their names, for the checkpoint.
 
     After each epoch checkpoint.pt, and checkpoint_best.pt if the test accuracy is the best so far, are written, and a line
     of metrics.jsonl.
@@ -767,8 +896,9 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
         paths = [run.output_dir / 'checkpoint_best.pt'] * is_best + [path]
         if run.args.save_every and epoch % run.args.save_every == 0:
             paths.insert(0, run.output_dir / f'checkpoint_{epoch}.pt')
-        save_checkpoint(run, run.state() | {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch,
-                                       'step': step, 'best_acc_top1': best}, *paths)
+        save_checkpoint(run, run.state() | {
+            'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch, 'step': step,
+            'best_acc_top1': best, 'arch': str(model.arch), 'classes': classes}, *paths)
 
     fit(run, model, optimizer, train_batches, eval_batches, state=state, after_epoch=after_epoch, **options)
     run.log(f'finished: best test top-1 error {100 - best:.2f} %, checkpoints in {run.output_dir}')

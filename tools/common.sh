@@ -56,8 +56,9 @@ run() {
     exit 2
   fi
   if type -P nvidia-smi >/dev/null; then nvidia-smi || true; fi
-  # tee -i: Ctrl-C reaches the program, whose last line still belongs in the log
-  launch "$root/$program" --output_dir="$OUTPUT_DIR" "$@" 2>&1 | tee -ai "$OUTPUT_DIR/train.log" || status=$?
+  # tee -i: Ctrl-C reaches the program, whose last line still belongs in the log; 3: the live line passes tee by
+  TERMINAL_FD=3 launch "$root/$program" --output_dir="$OUTPUT_DIR" "$@" 3>&2 2>&1 | tee -ai "$OUTPUT_DIR/train.log" ||
+    status=$?
   if [ "$status" = 2 ] && [ "${#made[@]}" -gt 0 ]; then  # a mistake in the flags: leave nothing behind
     rm -f "$OUTPUT_DIR/train.log"
     rmdir "${made[@]}" 2>/dev/null || true

@@ -1,0 +1,71 @@
+"""The networks for other programs, through torch.hub or by import.
+
+    import torch
+    network = torch.hub.load('PATH OF THIS PROJECT', 'naonet_a_36', source='local', checkpoint='checkpoint_best.pt')
+    logits, _ = network.eval()(images)              # images (batch, 3, 32, 32), as datasets.normalise makes them
+
+In eval mode they go through torch.export, torch.onnx.export and torch.jit.trace.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import architecture
+import utils
+from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet
+
+dependencies = ['torch', 'torchvision', 'numpy']
+
+
+def naonet(arch: str | None = None, checkpoint: str | Path | None = None, *, imagenet: bool | None = None,
+           classes: int | None = None, layers: int | None = None, channels: int | None = None, use_aux_head: bool = False,
+           keep_prob: float = 1.0, drop_path_keep_prob: float = 1.0, steps: int = 1) -> FixedNetwork:
+    """The network of an architecture, for images (batch, 3, 32, 32), or with `imagenet` (batch, 3, 224, 224).
+
+    arch: a line of integers, 'NAONet_A', 'NAONet_B', or the path of an arch_pool file. With a checkpoint, of which the
+    weights are loaded, whatever is not given comes from it; else layers 6 and channels 36, or on ImageNet 4 and 42. Raises
+    utils.UserError.
+    """
+    state: dict[str, Any] = utils.load_checkpoint(checkpoint) if checkpoint else {'args': {}, 'model': {}}
+    if 'phase' in state:
+        raise utils.UserError(f'{checkpoint}: is the checkpoint of a search; train an architecture of its arch_pool first')
+    args, weights = state['args'], state['model']
+    arch = arch or utils.architecture_of(state)
+    if not arch:
+        raise utils.UserError('the checkpoint does not name its architecture; give arch' if checkpoint else
+                              'give arch, or a checkpoint that names its architecture')
+    try:
+        parsed = architecture.read(arch, args.get('arc_index') or 0)
+    except architecture.ArchitectureError as error:
+        raise utils.UserError(f'the architecture: {error}') from None
+    imagenet = any(name.startswith('stem0.') for name in weights) if imagenet is None else imagenet
+    use_aux_head = use_aux_head or any(name.startswith('auxiliary_head.') for name in weights)
+    if classes is None:
+        classes = len(weights['classifier.weight']) if weights else (1000 if imagenet else 10)
+    layers = layers or args.get('layers') or (4 if imagenet else 6)
+    channels = channels or args.get('channels') or (42 if imagenet else 36)
+    network = (NASNetworkImageNet if imagenet else NASNetworkCIFAR)(
+        classes, layers, len(parsed.normal) // 4, channels, keep_prob, drop_path_keep_prob, use_aux_head, steps, parsed)
+    if checkpoint:
+        utils.load_model(network, weights, checkpoint)
+    return network
+
+
+def naonet_a_36(checkpoint: str | Path | None = None, **options: Any) -> FixedNetwork:
+    """NAONet-A with 36 channels for CIFAR (2.48 % top-1 error on CIFAR-10); `options` go to naonet."""
+    return naonet('NAONet_A', checkpoint, **{'imagenet': False, 'layers': 6, 'channels': 36} | options)
+
+
+def naonet_a_128(checkpoint: str | Path | None = None, **options: Any) -> FixedNetwork:
+    """NAONet-A with 128 channels for CIFAR (1.93 % top-1 error on CIFAR-10); `options` go to naonet."""
+    return naonet('NAONet_A', checkpoint, **{'imagenet': False, 'layers': 6, 'channels': 128} | options)
+
+
+def naonet_b_36(checkpoint: str | Path | None = None, **options: Any) -> FixedNetwork:
+    """NAONet-B with 36 channels for CIFAR (2.93 % top-1 error on CIFAR-10); `options` go to naonet."""
+    return naonet('NAONet_B', checkpoint, **{'imagenet': False, 'layers': 6, 'channels': 36} | options)
+
+
+def naonet_a_imagenet(checkpoint: str | Path | None = None, **options: Any) -> FixedNetwork:
+    """NAONet-A with 42 channels for ImageNet (25.7 % top-1 error); `options` go to naonet."""
+    return naonet('NAONet_A', checkpoint, **{'imagenet': True, 'layers': 4, 'channels': 42} | options)

@@ -1,0 +1,138 @@
+"""Draw an architecture: the normal and the reduction cell side by side, as in the paper's appendix.
+
+    python tools/draw.py NAONet_A -o naonet_a.svg                      # .svg, .png or .pdf
+    python tools/draw.py exp/search_cifar10/arch_pool.final --arc_index=1 -o second.png
+    python tools/draw.py "0 7 1 15 2 8 ..." --dot                      # Graphviz's DOT text, which needs no package
+    python tools/draw.py NAONet_A --describe                           # as text, with the networks' sizes
+
+Drawing needs Graphviz: the package graphviz (pip) and the program dot (Debian's package graphviz).
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import runs
+
+import utils
+from architecture import Architecture, nodes_of, unread_states
+from operations import OPERATIONS
+
+FORMATS = ('svg', 'png', 'pdf')
+COLOURS = {'conv': '#1f5fa8', 'pool': '#2a7d3f', 'identity': '#777777'}  # by a word of the operation's name
+INPUTS = ('previous-previous cell', 'previous cell')
+
+
+def state_name(state: int) -> str:
+    """A state as text: its number, and whose output it is."""
+    return f'state {state} ({INPUTS[state] if state < 2 else f"node {state - 2}"})'
+
+
+def statement(what: str, **attributes: str) -> str:
+    """A line of DOT: a node or an edge, and its attributes."""
+    listed = ', '.join(f'{name}="{value}"' for name, value in attributes.items())
+    return f'    {what} [{listed}]'
+
+
+def operation_edge(source: str, target: str, operation: int, stride: str) -> str:
+    """A line of DOT: an operation on its way from a state to a node."""
+    name = OPERATIONS[operation].name
+    colour = next(colour for word, colour in COLOURS.items() if word in name)
+    name = re.sub(r'(?<=\d)x(?=\d)', '×', name).replace('separable', 'sep').replace('average', 'avg')
+    return statement(f'{source} -> {target}', label=name + stride, color=colour, fontcolor=colour)
+
+
+def cell_source(cell: tuple[int, ...], name: str) -> list[str]:
+    """The lines of DOT for a cell: states from left to right, unread ones into the concatenation."""
+    states = [f'{name}{state}' for state in range(len(cell) // 4 + 2)]
+    stride = [' /2' if name == 'reduction' and state < 2 else '' for state in range(len(states))]
+    lines = [f'  subgraph cluster_{name} {{', f'    label="{name} cell{" (/2: stride 2)" if any(stride) else ""}"',
+             f'    {{ rank=same; {states[0]}; {states[1]} }}']
+    lines += [statement(states[state], label=INPUTS[state].replace(' ', r'\n'), fillcolor='#f6d9b0') for state in (0, 1)]
+    lines += [statement(node, label=str(index), shape='circle', fillcolor='#cfe0f3') for index, node in enumerate(states[2:])]
+    lines.append(statement(f'{name}_out', label='concat', fillcolor='#d5ead0'))
+    for node, (x_id, x_op, y_id, y_op) in zip(states[2:], nodes_of(cell), strict=True):
+        lines += [operation_edge(states[state], node, operation, stride[state])
+                  for state, operation in ((x_id, x_op), (y_id, y_op))]
+    lines += [statement(f'{states[state]} -> {name}_out', style='dashed', label=stride[state]) for state in unread_states(cell)]
+    return [*lines, '  }']
+
+
+def dot_source(arch: Architecture) -> str:
+    """The DOT text of an architecture."""
+    return '\n'.join([
+        'digraph architecture {',
+        '  rankdir=LR; nodesep=0.25; ranksep=0.4; newrank=true; fontname="Helvetica"; fontsize=18',
+        '  node [shape=box, style="rounded,filled", fontname="Helvetica", fontsize=13, margin="0.1,0.05"]',
+        '  edge [fontname="Helvetica", fontsize=12, arrowsize=0.7]',
+        *cell_source(arch.normal, 'normal'), *cell_source(arch.reduction, 'reduction'),
+        *(statement(f'normal_out -> reduction{state}', style='invis') for state in (0, 1)),  # side by side
+        '}', ''])
+
+
+def missing_graphviz() -> str | None:
+    """What is absent for drawing, None if nothing is."""
+    try:
+        import graphviz  # noqa: F401
+    except ImportError:
+        return 'the package graphviz (pip install graphviz)'
+    return None if shutil.which('dot') else 'the program dot (Debian: apt install graphviz)'
+
+
+def render(arch: Architecture, form: str) -> bytes:
+    """The drawing as 'svg', 'png' or 'pdf'; raises UserError where Graphviz is absent."""
+    if missing := missing_graphviz():
+        raise utils.UserError(f'drawing needs {missing}; --dot and --describe work without it')
+    import graphviz
+    return graphviz.Source(dot_source(arch)).pipe(form)
+
+
+def describe_cells(arch: Architecture) -> str:
+    """The cells as text, a line for each node: its operations by name and what they read."""
+    lines = []
+    for name, cell in (('normal', arch.normal), ('reduction', arch.reduction)):
+        lines.append(f'{name} cell' + (' (stride 2 where the input is state 0 or 1)' if name == 'reduction' else ''))
+        for index, (x_id, x_op, y_id, y_op) in enumerate(nodes_of(cell)):
+            operands = (f'{OPERATIONS[operation].name} of {state_name(state)}'
+                        for state, operation in ((x_id, x_op), (y_id, y_op)))
+            lines.append(f'  node {index} = ' + ' + '.join(operands))
+        lines.append('  output = concatenation of ' + ', '.join(map(state_name, unread_states(cell))))
+    return '\n'.join(lines)
+
+
+def describe(arch: Architecture, layers: int, channels: int) -> str:
+    """The architecture as text: its cells, and the sizes of its CIFAR and its ImageNet network."""
+    lines = [f'architecture {arch}', describe_cells(arch)]
+    for title, imagenet, size in (('CIFAR', False, (layers, channels)), ('ImageNet', True, (4, 42))):
+        parameters, madds = runs.sizes(arch, imagenet, *size)
+        lines.append(f'{title} (layers {size[0]}, channels {size[1]}): {parameters:,} parameters, {madds:,} multiply-adds')
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    """Draw, or print the text that the flags ask for."""
+    parser = utils.Parser('Draw an architecture, its normal and its reduction cell side by side.', 'ARCH')
+    parser.add_argument('arch', metavar='ARCH', help='a line of integers, NAONet_A, NAONet_B, or the path of an arch_pool file')
+    parser.add_argument('--arc_index', type=utils.COUNT, default=0, help='which line of the arch_pool file, from 0')
+    parser.add_argument('-o', '--output', type=Path, metavar='FILE', help='what to write: FILE.svg, FILE.png or FILE.pdf')
+    parser.add_argument('--dot', action='store_true', help='print the DOT text')
+    parser.add_argument('--describe', action='store_true', help='print the operations by name, and the sizes of the networks')
+    parser.add_argument('--layers', type=utils.POSITIVE_INT, default=6, help='of the CIFAR network that --describe counts')
+    parser.add_argument('--channels', type=utils.POSITIVE_INT, default=36, help='of the CIFAR network that --describe counts')
+    args = parser.parse_args()
+    arch = runs.read_architecture(args.arch, args.arc_index)
+    if args.describe:
+        print(describe(arch, args.layers, args.channels))
+    if args.dot:
+        print(dot_source(arch), end='')
+    if args.output:
+        form = args.output.suffix[1:].lower()
+        if form not in FORMATS:
+            raise utils.UserError(f'-o {args.output}: must end in .svg, .png or .pdf')
+        runs.write(args.output, render(arch, form))
+    elif not (args.describe or args.dot):
+        raise utils.UserError('nothing to do; give -o FILE.svg, --dot or --describe')
+
+
+if __name__ == '__main__':
+    utils.run_program(main)

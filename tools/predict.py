@@ -1,0 +1,77 @@
+"""Say what is on images: the five most likely classes of each, by a trained network.
+
+    python tools/predict.py --checkpoint exp/NAONet_A_36_cifar10/checkpoint_best.pt cat.png dog.jpg
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import runs  # noqa: F401 - it puts the project's modules on the path
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+import datasets
+import hubconf
+import utils
+
+SMALL_TRANSFORM = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32), transforms.PILToTensor()])
+CLASS_NAMES = {
+    'cifar10': ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'],
+    'digits': [str(digit) for digit in range(10)],
+}
+
+
+def read_image(path: Path, imagenet: bool, dataset: str) -> Tensor:
+    """An image file as a batch (1, 3, size, size), scaled, cropped and normalised as in testing. Raises UserError."""
+    try:
+        image = Image.open(path).convert('RGB')
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, 'strerror', None) or 'not an image'
+        raise utils.UserError(f'{path}: cannot be read ({reason})') from None
+    if imagenet:
+        transform, statistics = datasets.EVAL_TRANSFORM, (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
+    else:
+        transform, source = SMALL_TRANSFORM, datasets.SOURCES[dataset]
+        statistics = (source.mean, source.std)
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in statistics)
+    return datasets.normalise(transform(image).unsqueeze(0), mean, std)
+
+
+def class_names(state: dict[str, Any], dataset: str, count: int) -> list[str]:
+    """The names of a checkpoint's classes, or 'class 0', 'class 1', … where they are not known."""
+    names = state.get('classes') or CLASS_NAMES.get(dataset, [])
+    return names if len(names) == count else [f'class {index}' for index in range(count)]
+
+
+def parse_args() -> argparse.Namespace:
+    """The program's flags."""
+    parser = utils.Parser('The five most likely classes of images.', 'IMAGE ...')
+    parser.add_argument('images', metavar='IMAGE', nargs='+', type=Path, help='image files')
+    parser.add_argument('--checkpoint', metavar='PATH', required=True, help='checkpoint of a trained network')
+    parser.add_argument('--arch', metavar='ARCH', help='its architecture, for a checkpoint that does not name it')
+    parser.add_argument('--device', metavar='NAME', default='cpu', help='cpu, cuda, cuda:N or mps')
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Print the classes of each image, most likely first."""
+    args = parse_args()
+    network = hubconf.naonet(args.arch, args.checkpoint).eval().to(utils.choose_device(args.device))
+    state = utils.load_checkpoint(args.checkpoint)
+    imagenet = hasattr(network, 'stem0')
+    dataset = 'imagenet' if imagenet else state['args'].get('dataset') or 'cifar10'
+    names = class_names(state, dataset, network.classes)
+    for path in args.images:
+        logits, _ = network(read_image(path, imagenet, dataset).to(args.device))
+        likely = logits.softmax(1)[0].topk(min(5, network.classes))
+        print(path)
+        for probability, index in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
+            print(f'  {100 * probability:6.2f} %  {names[index]}')
+
+
+if __name__ == '__main__':
+    utils.run_program(main)

@@ -1,0 +1,75 @@
+"""Compare runs, finished or going on: a row each, beside the published error of the same network.
+
+    python tools/table.py exp/*
+
+A search's error is that of its best architecture on the validation split; its sizes are those of that architecture's
+network as the search trains it from scratch.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import runs
+from runs import RunFiles
+
+import utils
+from architecture import PUBLISHED, parse
+
+PUBLISHED_ERRORS = {  # (architecture, data set, channels) -> top-1 error in per cent (paper, tables 1 and 3)
+    ('NAONet_A', 'cifar10', 36): 2.48,
+    ('NAONet_A', 'cifar10', 128): 1.93,
+    ('NAONet_B', 'cifar10', 36): 2.93,
+    ('NAONet_A', 'imagenet', 42): 25.7,
+}
+HEADER = ('run', 'data', 'parameters', 'multiply-adds', 'top-1 error', 'published', 'epochs', 'hours', 'architecture')
+NUMBERS = range(2, 8)  # the columns that are set flush right
+UNKNOWN = '-'
+
+
+def row(run: RunFiles) -> tuple[str, ...]:
+    """A run's row; raises UserError where the run has not written what it needs."""
+    epochs = run.records('epoch')[-1]['epoch'] if run.records('epoch') else 0
+    wanted = run.args['child_epochs' if run.is_search else 'epochs']
+    hours = UNKNOWN if run.seconds is None else f'{run.seconds / 3600:.2f}'
+    arch = run.found[0][1] if run.found else None
+    sizes = (f'{size:,}' for size in run.sizes) if arch else (UNKNOWN, UNKNOWN)
+    name = next((name for name, line in PUBLISHED.items() if arch == parse(line)), str(arch or UNKNOWN))
+    published = None if run.is_search else PUBLISHED_ERRORS.get((name, run.dataset, run.args['channels']))
+    return (run.name, run.dataset, *sizes, runs.percent(run.best_error) + (' valid' if run.is_search else ''),
+            runs.percent(published), f'{epochs}/{wanted}', hours, name)
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """The rows as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ['  '.join(cell.rjust(width) if index in NUMBERS else cell.ljust(width)
+                       for index, (cell, width) in enumerate(zip(cells, widths, strict=True))).rstrip() for cells in rows]
+    return '\n'.join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    """The program's flags."""
+    parser = utils.Parser('Compare runs in a table.', 'RUN ...')
+    parser.add_argument('runs', metavar='RUN', nargs='+', type=Path, help='output directories of runs, finished or going on')
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table; what cannot be read is named on a line of its own and makes the status 2."""
+    rows, mistakes = [HEADER], []
+    for path in parse_args().runs:
+        try:
+            rows.append(row(RunFiles(path)))
+        except utils.UserError as error:
+            mistakes.append(str(error))
+    if len(rows) > 1:
+        print(aligned(rows), flush=True)
+    for mistake in mistakes[:-1]:
+        print(f'table.py: error: {mistake}', file=sys.stderr)
+    if mistakes:
+        raise utils.UserError(mistakes[-1])
+
+
+if __name__ == '__main__':
+    utils.run_program(main)
