@@ -49,7 +49,7 @@ run() {
     made+=("$directory")
     directory=$(dirname "$directory")
   done
-  if ! mkdir -p "$OUTPUT_DIR" || [ ! -w "$OUTPUT_DIR" ]; then
+  if ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [ ! -w "$OUTPUT_DIR" ]; then
     echo "error: OUTPUT_DIR=$OUTPUT_DIR cannot be written; name a directory that you may write to" >&2
     exit 2
   fi
