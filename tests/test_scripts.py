@@ -163,6 +163,14 @@ def test_a_program_that_fails_in_an_existing_directory_leaves_it_as_it_is(tmp_pa
     assert (tmp_path / 'out' / 'train.log').read_text().startswith('a run before\n')
 
 
+def test_a_program_that_fails_after_it_began_keeps_its_log(tmp_path):
+    program = tmp_path / 'python'
+    program.write_text('#!/bin/sh\necho an epoch\ntouch out/metrics.jsonl\necho the disk is full\nexit 2\n')
+    program.chmod(0o755)
+    assert script('train_NAONet_A_36_cifar10.sh', cwd=tmp_path, PYTHON=str(program), OUTPUT_DIR='out').returncode == 2
+    assert (tmp_path / 'out' / 'train.log').read_text() == 'an epoch\nthe disk is full\n'
+
+
 def test_an_output_directory_that_cannot_be_made_ends_in_one_line_and_status_2(tmp_path):
     (tmp_path / 'file').write_text('mine')
     result = script('train_NAONet_A_36_cifar10.sh', cwd=tmp_path, OUTPUT_DIR='file/out', **echo(tmp_path))
