@@ -76,6 +76,9 @@ class Conv(nn.Module):
 
     def __init__(self, channels: int, kernel: int, stride: int, pair: bool = False):
         super().__init__()
+        # PyTorch's 1×1 convolutions of stride 2 write out of bounds on the CPU (few channels, channels-last, backward)
+        self.skip = stride if kernel == 1 else 1
+        stride //= self.skip
 
         def conv_bn(kernel: tuple[int, int], stride: tuple[int, int]) -> list[nn.Module]:
             padding = (kernel[0] // 2, kernel[1] // 2)
@@ -88,7 +91,7 @@ class Conv(nn.Module):
 
     def forward(self, rectified: Tensor) -> Tensor:
         """(batch, channels, h, w) after ReLU -> (batch, channels, h / stride, w / stride)."""
-        return self.ops(rectified)
+        return self.ops(rectified[:, :, ::self.skip, ::self.skip] if self.skip > 1 else rectified)
 
 
 class ReLUConvBN(nn.Module):

@@ -265,7 +265,7 @@ def test_help_has_every_flag_of_the_specification_with_its_default():
             ('controller_mlp_layers', 3), ('controller_mlp_hidden_size', 200), ('controller_mlp_dropout', 0.1),
             ('controller_decoder_layers', 1), ('controller_decoder_hidden_size', 96), ('data', 'data'),
             ('dataset', 'cifar10'), ('output_dir', 'exp/search_cifar10'), ('seed', None)):
-        text = re.search(rf'--{flag}\b(.*?)(?=\n +--|\n\n|\Z)', result.out.partition('options:')[2], re.S)
+        text = re.search(rf'\n +--{flag}(?!\w)(.*?)(?=\n +--|\n\n|\Z)', result.out.partition('options:')[2], re.S)
         assert text, flag
         assert default is None or f'(default: {default})' in text.group(1), (flag, text.group(1))
 

@@ -45,23 +45,23 @@ launch() {
 
 # run PROGRAM FLAG...: run one of the programs, writing to $OUTPUT_DIR and appending to its train.log.
 run() {
-  local program=$1 made=() directory=$OUTPUT_DIR status=0
+  local program=$1 made=() directory=$OUTPUT_DIR log=$OUTPUT_DIR/train.log new status=0
   shift
+  new=$([ -e "$log" ] || echo yes)
   while [ ! -e "$directory" ]; do
     made+=("$directory")
     directory=$(dirname "$directory")
   done
-  if ! mkdir -p "$OUTPUT_DIR" || [ ! -w "$OUTPUT_DIR" ]; then
+  if ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [ ! -w "$OUTPUT_DIR" ]; then
     echo "error: OUTPUT_DIR=$OUTPUT_DIR cannot be written; name a directory that you may write to" >&2
     exit 2
   fi
   if type -P nvidia-smi >/dev/null; then nvidia-smi || true; fi
   # tee -i: Ctrl-C reaches the program, whose last line still belongs in the log; 3: the live line passes tee by
-  TERMINAL_FD=3 launch "$root/$program" --output_dir="$OUTPUT_DIR" "$@" 3>&2 2>&1 | tee -ai "$OUTPUT_DIR/train.log" ||
-    status=$?
-  if [ "$status" = 2 ] && [ "${#made[@]}" -gt 0 ]; then  # a mistake in the flags: leave nothing behind
-    rm -f "$OUTPUT_DIR/train.log"
-    rmdir "${made[@]}" 2>/dev/null || true
+  TERMINAL_FD=3 launch "$root/$program" --output_dir="$OUTPUT_DIR" "$@" 3>&2 2>&1 | tee -ai "$log" || status=$?
+  if [ "$status" = 2 ] && [ "$new" ] && [ ! -e "$OUTPUT_DIR/metrics.jsonl" ]; then  # a mistake in the flags: leave nothing
+    rm -f "$log"
+    [ "${#made[@]}" = 0 ] || rmdir "${made[@]}" 2>/dev/null || true
   fi
   return "$status"
 }
