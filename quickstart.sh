@@ -14,7 +14,7 @@ run train_search.py --dataset=digits --child_layers=1 --child_channels=8 --child
   --controller_epochs=100 --child_rank_count=3 --child_rank_epochs=2
 OUTPUT_DIR=$base/train
 found=$base/search/arch_pool.final
-run train_cifar.py --dataset=digits --fixed_arc="$found" --layers=1 --channels=12 --epochs=12 --batch_size=64 \
+run train_cifar.py --dataset=digits --fixed_arc="$found" --layers=1 --channels=8 --epochs=10 --batch_size=64 \
   --lr_max=0.1 --keep_prob=0.9 --drop_path_keep_prob=0.95
 run train_cifar.py --dataset=digits --mode=test
 
