@@ -674,6 +674,22 @@ def describe(values: dict[str, float]) -> str:
             f'{values["images_per_second"]:.0f} images/s')
 
 
+def update(run: Run, optimizer: torch.optim.Optimizer, loss: Tensor, grad_bound: float) -> None:
+    """Make an optimiser step on the parameters that the loss reaches: a supernet's step leaves thousands of others alone."""
+    group, = optimizer.param_groups
+    parameters = group['params']
+    run.scaler.scale(loss).backward()
+    used = [parameter for parameter in parameters if parameter.grad is not None]
+    group['params'] = used
+    run.scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(used, grad_bound)
+    run.scaler.step(optimizer)
+    run.scaler.update()
+    group['params'] = parameters
+    for parameter in used:
+        parameter.grad = None
+
+
 def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor | None]], optimizer: torch.optim.Optimizer,
                 batches: Iterable, *, title: str, lr: float, step: int, clock: Clock, grad_bound: float,
                 label_smooth: float = 0.0, max_steps: int | None = None) -> tuple[dict[str, float], int]:
@@ -684,7 +700,6 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
     """
     for group in optimizer.param_groups:
         group['lr'] = lr
-    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     meter, count = Meter(run), min(len(batches), max_steps or len(batches))
 
     def values() -> dict[str, float]:
@@ -700,12 +715,7 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
             loss = F.cross_entropy(logits, labels, label_smoothing=label_smooth)
             if aux_logits is not None:
                 loss = loss + AUX_WEIGHT * F.cross_entropy(aux_logits, labels, label_smoothing=label_smooth)
-        optimizer.zero_grad()
-        run.scaler.scale(loss * weight if weight != 1 else loss).backward()
-        run.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_([parameter for parameter in parameters if parameter.grad is not None], grad_bound)
-        run.scaler.step(optimizer)
-        run.scaler.update()
+        update(run, optimizer, loss * weight if weight != 1 else loss, grad_bound)
         meter.update(logits, labels, loss)
         step += 1
         if done % LOG_EVERY == 0:
