@@ -250,7 +250,7 @@ def fit(nao: NAO, sequences: Tensor, targets: Tensor, *, epochs: int, batch_size
     sequences; every 100 epochs and at the end `report` gets loss, pairwise accuracy and Hamming distance, on `held_out`
     (sequences, targets) where given. All draws but dropout's come from `generator`.
     """
-    optimizer = torch.optim.Adam(nao.parameters(), lr=lr, weight_decay=l2_reg, fused=sequences.device.type != 'mps')
+    optimizer = torch.optim.Adam(nao.parameters(), lr=lr, weight_decay=l2_reg, fused=sequences.device.type in ('cpu', 'cuda'))
     values = {}
     for epoch in range(1, epochs + 1):
         nao.train()

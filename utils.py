@@ -774,7 +774,8 @@ def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batc
 
 def sgd(run: Run, model: nn.Module, l2_reg: float) -> torch.optim.SGD:
     """The optimiser of every network here: SGD with momentum 0.9; train_epoch sets its learning rate."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=l2_reg, fused=run.device.type != 'mps')
+    fused = run.device.type in ('cpu', 'cuda')
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=l2_reg, fused=fused)
     for parameter in model.parameters():  # the fused step cannot start some of them later, as a supernet's paths would
         optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
     return optimizer
