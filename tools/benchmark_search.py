@@ -104,7 +104,7 @@ def random_search(table: Table, queries: int, generator: torch.Generator) -> lis
 
 def mutations(sequence: Sequence, table: Table) -> list[Sequence]:
     """The architectures of the table that differ from one in a single operation."""
-    near = (sequence[:edge] + (token,) + sequence[edge + 1:]
+    near = ((*sequence[:edge], token, *sequence[edge + 1:])
             for edge, (first, last) in enumerate(ALLOWED_TOKENS) for token in range(first, last + 1)
             if token != sequence[edge])
     return [neighbour for neighbour in near if neighbour in table]
@@ -253,6 +253,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure the methods that were asked for, print the table and write the files."""
     arguments = parse_arguments()
     torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for each other
     table = read_table(arguments.table)
