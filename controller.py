@@ -4,7 +4,9 @@ Paper, sections 3.2-3.4. An architecture is a row of tokens (architecture.Vocabu
 position is data, so that any search space fits. All tensors are (batch, length, features) or (batch, length).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -188,6 +190,10 @@ class NAO(nn.Module):
         embedding = self.encoder.embed(memory)
         return self.encoder.predict(embedding), self.decoder.follow(shift(sequence), embedding, memory)
 
+    def predict(self, sequence: Tensor) -> Tensor:
+        """The predicted performance of sequences (batch, length): (batch, 1) in (0, 1), without decoding anything."""
+        return self.encoder.predict(self.encoder.embed(self.encoder(sequence)))
+
     @torch.no_grad()
     def generate_new_arch(self, sequence: Tensor, predict_lambda: float, direction: str = '+') -> Tensor:
         """Move sequences (batch, length) by λ along the prediction's gradient and decode: tokens (batch, length).
@@ -209,12 +215,30 @@ def shift(sequences: Tensor) -> Tensor:
     return F.pad(sequences[:, :-1], (1, 0), value=START)
 
 
+def random_sequences(nao: NAO, count: int, generator: torch.Generator) -> Tensor:
+    """Sequences (count, length) of legal tokens, uniform at every position and alike ones among them."""
+    first, last = torch.tensor(nao.decoder.allowed_tokens, device=generator.device).T
+    draws = torch.rand((count, len(first)), generator=generator, device=generator.device)
+    return ((draws * (last - first + 1)).long() + first).to(next(nao.parameters()).device)
+
+
 def scale(accuracies: Sequence[float]) -> Tensor:
     """Accuracies as targets: 0-1 by their minimum and maximum, (count, 1); all 0.5 where they are equal."""
     values = torch.tensor(accuracies, dtype=torch.float64)
     spread = values.max() - values.min()
     scaled = (values - values.min()) / spread if spread > 0 else torch.full_like(values, 0.5)
     return scaled.to(torch.get_default_dtype()).unsqueeze(1)
+
+
+def rank(accuracies: Sequence[float]) -> Tensor:
+    """Accuracies as targets: the share that each one beats, in (0, 1), (count, 1); a tie, with itself too, is half a win.
+
+    Any increasing function of the accuracies gives the same targets, and a few bad architectures cannot squeeze the good
+    ones together at the top, where a search has to tell them apart.
+    """
+    values = torch.tensor(accuracies, dtype=torch.float64)
+    wins = (values[:, None] > values).double() + (values[:, None] == values).double() / 2
+    return wins.mean(1, keepdim=True).to(torch.get_default_dtype())
 
 
 def pairwise_accuracy(targets: Tensor, predictions: Tensor) -> float:
@@ -230,6 +254,37 @@ def hamming_distance(targets: Tensor, tokens: Tensor) -> float:
     return float((targets != tokens).double().mean())
 
 
+# What turns accuracies into targets, and what a prediction pays for missing its target, by the names of the options.
+TARGETS = {'scaled': scale, 'ranks': rank}
+LOSSES = {'squared': F.mse_loss, 'cross_entropy': F.binary_cross_entropy}
+
+
+class Settings(NamedTuple):
+    """How a search fits its controllers and chooses new architectures; the defaults are the paper's."""
+
+    epochs: int = 1000
+    later_updates: int = 0  # gradient steps of a fit after the first, which goes on from its weights; 0: `epochs` again
+    batch_size: int = 100
+    lr: float = 1e-3
+    l2_reg: float = 1e-4
+    trade_off: float = 0.8
+    grad_bound: float = 5.0
+    members: int = 1  # controllers, each fitted on its own
+    targets: str = 'scaled'  # one of TARGETS
+    loss: str = 'squared'  # one of LOSSES
+    unlabelled: int = 0  # random sequences a batch to reconstruct; 0: the batch is reconstructed
+    top: int = 100  # the best known architectures, from which the search ascends
+    lambdas: tuple[float, ...] = tuple(range(1, 51))
+    candidates: int = 0  # new architectures that each controller decodes to choose from; 0: the first come are taken
+
+
+PRESETS = {
+    'paper': Settings(),
+    'best': Settings(epochs=300, later_updates=600, members=4, targets='ranks', loss='cross_entropy', unlabelled=25,
+                     lambdas=(1, 4, 16, 64, 256), candidates=500),
+}
+
+
 @torch.no_grad()
 def evaluate(nao: NAO, sequences: Tensor, targets: Tensor) -> dict[str, float]:
     """Pairwise accuracy of the predictions and Hamming distance of the greedy reconstructions."""
@@ -241,14 +296,17 @@ def evaluate(nao: NAO, sequences: Tensor, targets: Tensor) -> dict[str, float]:
 
 def fit(nao: NAO, sequences: Tensor, targets: Tensor, *, epochs: int, batch_size: int, lr: float, l2_reg: float,
         trade_off: float, grad_bound: float, generator: torch.Generator,
+        loss: str = 'squared', unlabelled: int = 0,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None, held_out: tuple[Tensor, Tensor] | None = None,
         report: Callable[[dict[str, float]], None] = lambda values: None) -> dict[str, float]:
     """Train on sequences (count, length) and targets (count, 1) in 0-1; return the last report.
 
-    The loss is trade_off · squared error of the prediction + (1 - trade_off) · negative log-likelihood of the
-    reconstruction (paper, equation 1); Adam. `augment(sequences, generator)` rewrites each batch into equivalent
-    sequences; every 100 epochs and at the end `report` gets loss, pairwise accuracy and Hamming distance, on `held_out`
-    (sequences, targets) where given. All draws but dropout's come from `generator`.
+    The loss is trade_off · squared error of the prediction (or another of LOSSES) + (1 - trade_off) · negative
+    log-likelihood of the reconstruction (paper, equation 1); Adam. With `unlabelled`, that many random legal sequences a
+    batch are reconstructed instead of the batch: they need no accuracy, and the decoder learns the whole space.
+    `augment(sequences, generator)` rewrites each batch into equivalent sequences; every 100 epochs and at the end `report`
+    gets loss, pairwise accuracy and Hamming distance, on `held_out` (sequences, targets) where given. All draws but
+    dropout's come from `generator`.
     """
     optimizer = torch.optim.Adam(nao.parameters(), lr=lr, weight_decay=l2_reg, fused=sequences.device.type in ('cpu', 'cuda'))
     values = {}
@@ -258,14 +316,19 @@ def fit(nao: NAO, sequences: Tensor, targets: Tensor, *, epochs: int, batch_size
         total = torch.zeros((), device=sequences.device)
         for chosen in order.split(batch_size):
             batch = sequences[chosen] if augment is None else augment(sequences[chosen], generator)
-            prediction, log_probs = nao.reconstruct(batch)
-            loss = trade_off * F.mse_loss(prediction, targets[chosen]) + (1 - trade_off) * F.nll_loss(
-                log_probs.flatten(0, 1), batch.flatten())
+            if unlabelled:
+                prediction, written = nao.predict(batch), random_sequences(nao, unlabelled, generator)
+                _, log_probs = nao.reconstruct(written)
+            else:
+                written = batch
+                prediction, log_probs = nao.reconstruct(batch)
+            objective = trade_off * LOSSES[loss](prediction, targets[chosen]) + (1 - trade_off) * F.nll_loss(
+                log_probs.flatten(0, 1), written.flatten())
             optimizer.zero_grad()
-            loss.backward()
+            objective.backward()
             nn.utils.clip_grad_norm_(nao.parameters(), grad_bound)
             optimizer.step()
-            total += loss.detach() * len(chosen)
+            total += objective.detach() * len(chosen)
         if epoch % LOG_EVERY == 0 or epoch == epochs:
             values = {'epoch': epoch, 'loss': float(total) / len(sequences),
                       **evaluate(nao, *(held_out or (sequences, targets)))}
@@ -292,3 +355,63 @@ def new_architectures(nao: NAO, seeds: Tensor, known: Iterable[Sequence[int]], c
                 found.append(sequence)
         per_lambda[predict_lambda] = len(found) - before
     return found, per_lambda
+
+
+def take_turns(predictions: Tensor, count: int) -> list[int]:
+    """The columns of predictions (members, candidates) to choose, at most `count`, in the order of the choice.
+
+    The members choose in turn, each the best by its own prediction that is left: what they agree on comes first, and where
+    they differ each one's favourites are tried, which an average would never try.
+    """
+    orders = [iter(order) for order in predictions.argsort(dim=1, descending=True, stable=True).tolist()]
+    chosen = {}
+    while len(chosen) < min(count, predictions.shape[1]):
+        order = orders[len(chosen) % len(orders)]
+        chosen[next(column for column in order if column not in chosen)] = True
+    return list(chosen)
+
+
+def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]], count: int,
+            settings: Settings) -> list[tuple[int, ...]]:
+    """At most `count` sequences not in `known`, ascended from seeds (batch, length) by every NAO and decoded.
+
+    With settings.candidates each NAO decodes up to that many and they choose in turn among all of them, best first;
+    without, each decodes its share and the first come are taken.
+    """
+    pool: dict[tuple[int, ...], None] = {}
+    for member, nao in enumerate(naos):
+        share = settings.candidates or math.ceil((count - len(pool)) / (len(naos) - member))
+        found, _ = new_architectures(nao, seeds, [*known, *pool], share, settings.lambdas)
+        pool.update(dict.fromkeys(found))
+    candidates = list(pool)
+    if not settings.candidates or not candidates:
+        return candidates
+    with torch.no_grad():
+        tokens = torch.tensor(candidates, device=seeds.device)
+        predictions = torch.cat([nao.predict(tokens) for nao in naos], dim=1).T
+    return [candidates[column] for column in take_turns(predictions, count)]
+
+
+def search_step(naos: Sequence[NAO], sequences: Sequence[Sequence[int]], accuracies: Sequence[float], count: int,
+                settings: Settings, generator: torch.Generator, *, first: bool = True,
+                refused: Collection[Sequence[int]] = (),
+                augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+                report: Callable[[dict[str, float]], None] = lambda values: None) -> list[tuple[int, ...]]:
+    """Fit every NAO to the known accuracies of sequences, ascend from the best: at most `count` new ones, best first.
+
+    naos: settings.members of them, on one device; a later step (first=False) goes on from their weights. refused:
+    sequences that are not to be proposed either. augment, report: see `fit`.
+    """
+    device = next(naos[0].parameters()).device
+    tokens = torch.tensor(sequences, device=device)
+    targets = TARGETS[settings.targets](accuracies).to(device)
+    epochs = settings.epochs
+    if settings.later_updates and not first:
+        # Steps, not epochs: what a round of new architectures takes to learn does not grow with what is known already.
+        epochs = math.ceil(settings.later_updates / math.ceil(len(tokens) / settings.batch_size))
+    for nao in naos:
+        fit(nao, tokens, targets, epochs=epochs, batch_size=settings.batch_size, lr=settings.lr, l2_reg=settings.l2_reg,
+            trade_off=settings.trade_off, grad_bound=settings.grad_bound, loss=settings.loss,
+            unlabelled=settings.unlabelled, generator=generator, augment=augment, report=report)
+    seeds = tokens[targets.flatten().argsort(descending=True, stable=True)[:settings.top]]
+    return propose(naos, seeds, [*map(tuple, sequences), *map(tuple, refused)], count, settings)

@@ -1,0 +1,232 @@
+"""The search that the controller makes: its settings, its steps, and the benchmark of tables (tools/benchmark_search.py)."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from architecture import swap_operands, vocabulary
+from controller import (
+    NAO,
+    PRESETS,
+    Settings,
+    fit,
+    new_architectures,
+    propose,
+    random_sequences,
+    rank,
+    scale,
+    search_step,
+    take_turns,
+)
+
+LEGAL = [(1, 4), (5, 8), (1, 4), (5, 8), (1, 4)]  # a made-up space of 4^5 sequences
+OPTIMUM = (3, 6, 2, 8, 1)
+TOOL = Path(__file__).resolve().parent.parent / 'tools' / 'benchmark_search.py'
+OPERATIONS = ('none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3')
+
+
+def landscape(sequence):
+    """Accuracy of a made-up sequence: matches with the optimum, neighbouring matches count on top; 1 at the optimum."""
+    matches = [token == best for token, best in zip(sequence, OPTIMUM, strict=True)]
+    pairs = sum(left and right for left, right in itertools.pairwise(matches))
+    return (sum(matches) + pairs) / (2 * len(matches) - 1)
+
+
+def small_nao():
+    return NAO(LEGAL, 9, len(LEGAL), encoder_hidden_size=32, encoder_emb_size=16, mlp_hidden_size=64,
+               decoder_hidden_size=32)
+
+
+def random_known(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    known = {}
+    while len(known) < count:
+        sequence = tuple(random_sequences(small_nao(), 1, generator)[0].tolist())
+        known[sequence] = landscape(sequence)
+    return known
+
+
+def small_search(seed, queries=60, settings=PRESETS['best']):
+    """Accuracies by sequences, in the order asked: 30 random ones, then rounds of 10."""
+    # A controller a third as wide as usual learns as quickly with larger steps.
+    settings = settings._replace(epochs=40, later_updates=12, lr=1e-2)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    known = random_known(30, seed)
+    naos = [small_nao() for _ in range(settings.members)]
+    first = True
+    while len(known) < queries:
+        new = search_step(naos, list(known), list(known.values()), 10, settings, generator, first=first)
+        first = False
+        known.update((sequence, landscape(sequence)) for sequence in new)
+    return known
+
+
+def test_best_preset_beats_random_search_at_equal_queries():
+    queries, seeds = 60, range(10)
+    found = [max(small_search(seed, queries).values()) for seed in seeds]
+    drawn = [max(random_known(queries, seed).values()) for seed in seeds]
+    assert sum(found) / len(found) > sum(drawn) / len(drawn) + 0.1
+    assert found.count(1) > drawn.count(1), 'the optimum is found, not only approached'
+
+
+def test_search_is_deterministic_for_a_seed():
+    once, again, other = small_search(3, 40), small_search(3, 40), small_search(4, 40)
+    assert list(once) == list(again)
+    assert list(once) != list(other)
+
+
+def test_paper_preset_is_the_plain_fit_and_the_first_come():
+    settings = PRESETS['paper']._replace(epochs=30)
+    known = random_known(30, 0)
+    torch.manual_seed(0)
+    nao = small_nao()
+    torch.manual_seed(1)
+    stepped = search_step([nao], list(known), list(known.values()), 12, settings, torch.Generator().manual_seed(2))
+
+    torch.manual_seed(0)
+    plain = small_nao()
+    torch.manual_seed(1)
+    tokens, targets = torch.tensor(list(known)), scale(list(known.values()))
+    fit(plain, tokens, targets, epochs=30, batch_size=100, lr=1e-3, l2_reg=1e-4, trade_off=0.8, grad_bound=5.0,
+        generator=torch.Generator().manual_seed(2))
+    best_first = tokens[targets.flatten().argsort(descending=True, stable=True)[:100]]
+    assert stepped == new_architectures(plain, best_first, known, 12, range(1, 51))[0]
+    for name, value in nao.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name])
+
+
+def test_the_defaults_of_the_settings_are_the_papers():
+    assert PRESETS['paper'] == Settings()
+    assert Settings().epochs == 1000 and Settings().trade_off == 0.8 and Settings().lambdas == tuple(range(1, 51))
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_proposals_are_new_legal_and_not_refused(preset):
+    settings = PRESETS[preset]._replace(epochs=3)
+    torch.manual_seed(0)
+    naos = [small_nao() for _ in range(settings.members)]
+    known, refused = random_known(20, 0), list(random_known(300, 1))
+    new = search_step(naos, list(known), list(known.values()), 15, settings, torch.Generator().manual_seed(0),
+                      refused=refused)
+    assert 0 < len(new) <= 15 and len(set(new)) == len(new)
+    assert not set(new) & (set(known) | set(refused))
+    assert all(first <= token <= last for sequence in new
+               for token, (first, last) in zip(sequence, LEGAL, strict=True))
+
+
+def test_members_share_the_count_where_the_first_come_are_taken():
+    torch.manual_seed(0)
+    naos = [small_nao() for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    seeds = random_sequences(naos[0], 100, generator)
+    for nao in naos:  # a decoder that has learned nothing writes the same few sequences for all seeds
+        fit(nao, seeds, torch.full((100, 1), 0.5), epochs=60, batch_size=100, lr=1e-2, l2_reg=0, trade_off=0.1,
+            grad_bound=5.0, generator=generator)
+    together = propose(naos, seeds, [], 9, Settings(members=3))
+    assert together[:3] == new_architectures(naos[0], seeds, [], 3, range(1, 51))[0]
+    assert len(set(together)) == len(together) == 9
+
+
+def test_real_cells_are_searched_with_swapped_operands():
+    vocab = vocabulary(5, 'small')
+    settings = PRESETS['best']._replace(epochs=2, candidates=20)
+    torch.manual_seed(0)
+    naos = [NAO(vocab.allowed_tokens, vocab.size, 20) for _ in range(settings.members)]
+    generator = torch.Generator().manual_seed(0)
+    sequences = random_sequences(naos[0], 30, generator).tolist()
+    new = search_step(naos, sequences, list(range(30)), 10, settings, generator, augment=swap_operands)
+    assert len(new) == 10
+    for sequence in new:
+        vocab.decode(sequence)
+
+
+def test_ranks_ignore_increasing_functions_and_share_ties():
+    accuracies = [10.0, 90.0, 93.0, 93.0]
+    assert rank(accuracies).flatten().tolist() == [1 / 8, 3 / 8, 3 / 4, 3 / 4]
+    assert torch.equal(rank(accuracies), rank([math.exp(value) for value in accuracies]))
+    assert rank([5.0]).tolist() == [[0.5]]
+
+
+def test_members_choose_in_turn():
+    predictions = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.1, 0.2, 0.8]])
+    assert take_turns(predictions, 3) == [0, 3, 1]
+    assert sorted(take_turns(predictions, 9)) == [0, 1, 2, 3]
+
+
+def test_random_sequences_are_legal_and_reach_every_token():
+    draws = random_sequences(small_nao(), 200, torch.Generator().manual_seed(0))
+    for position, (first, last) in enumerate(LEGAL):
+        assert set(draws[:, position].tolist()) == set(range(first, last + 1))
+
+
+def test_later_fits_take_the_given_number_of_updates():
+    reports = []
+    known = random_known(30, 0)
+    settings = Settings(epochs=4, later_updates=7, batch_size=10)
+    for first in (True, False):
+        search_step([small_nao()], list(known), list(known.values()), 1, settings, torch.Generator().manual_seed(0),
+                    first=first, report=reports.append)
+    assert [values['epoch'] for values in reports] == [4, 3], '30 sequences are 3 updates an epoch'
+
+
+def write_table(path, rows=300):
+    """A table of `rows` architectures, spread over the space; more convolutions are better."""
+    lines = ['architecture,accuracy']
+    for number, choice in enumerate(itertools.product(range(5), repeat=6)):
+        if number % (15625 // rows) == 0 and len(lines) <= rows:
+            a, b, c, d, e, f = (OPERATIONS[operation] for operation in choice)
+            quality = sum((0, 1, 2, 4, 1)[operation] for operation in choice)
+            lines.append(f'|{a}~0|+|{b}~0|{c}~1|+|{d}~0|{e}~1|{f}~2|,{50 + quality + number / 1e5:.4f}')
+    path.write_text('\n'.join(lines) + '\n')
+    return path
+
+
+def benchmark(*options):
+    return subprocess.run([sys.executable, TOOL, *map(str, options)], capture_output=True, text=True, check=False)
+
+
+def test_benchmark_prints_and_writes_every_method(tmp_path):
+    table, output = write_table(tmp_path / 'table.csv'), tmp_path / 'regret.json'
+    options = ('--table', table, '--seeds', 2, '--queries', 50, '--json', output)
+    run = benchmark(*options, '--method', 'random,evolution', '--method', 'nao_best')
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ['regret', 'random', 'evolution', 'nao_best']
+    report = json.loads(output.read_text())
+    assert set(report) == {'regret', 'seconds_per_seed'}
+    assert set(report['regret']) == set(report['seconds_per_seed']) == {'random', 'evolution', 'nao_best'}
+    for points in report['regret'].values():
+        assert set(points) == {'50'}
+        mean, error = points['50']
+        assert mean >= 0 and error >= 0
+    assert benchmark(*options, '--method', 'random').returncode == 0
+    assert json.loads(output.read_text())['regret']['random'] == report['regret']['random']
+
+
+def test_benchmark_finds_the_best_when_it_has_asked_for_everything(tmp_path):
+    table, output = write_table(tmp_path / 'table.csv', rows=60), tmp_path / 'regret.json'
+    run = benchmark('--table', table, '--seeds', 1, '--queries', 100, '--method', 'random,evolution', '--json', output)
+    assert run.returncode == 0, run.stderr
+    for points in json.loads(output.read_text())['regret'].values():
+        assert points['100'] == [0, 0]
+
+
+@pytest.mark.parametrize(('text', 'problem'), [
+    (None, 'cannot be read'),
+    ('arch,acc\n', 'line 1'),
+    ('architecture,accuracy\n|none~0|+|none~0|none~1|+|none~0|none~1|skip~2|,10\n', "line 2: 'skip'"),
+    ('architecture,accuracy\n\n|none~0|+|none~0|none~1|+|none~0|none~1|none~2|,nan\n', "line 3: the accuracy 'nan'"),
+])
+def test_benchmark_says_in_one_line_what_is_wrong_with_a_table(tmp_path, text, problem):
+    table = tmp_path / 'table.csv'
+    if text is not None:
+        table.write_text(text)
+    run = benchmark('--table', table, '--method', 'random')
+    assert run.returncode == 2 and run.stdout == ''
+    assert len(run.stderr.splitlines()) == 1 and str(table) in run.stderr and problem in run.stderr
