@@ -179,13 +179,13 @@ OPERATIONS: tuple[Operation, ...] = (
 SEARCH_SPACES: dict[str, range] = {'small': range(0, 5), 'large': range(5, 16)}  # the ids that a search may choose
 
 
-def apply_operation(operation: nn.Module, state: State, key: Hashable) -> Tensor:
-    """Feed a state to an operation: rectified if the operation starts with a ReLU, once for all if it is a pool.
+def apply_operation(operation: nn.Module, state: State, key: Hashable | None = None) -> Tensor:
+    """Feed a state to an operation, rectified if the operation starts with a ReLU.
 
-    key: the operation's id and stride.
+    key: what the result of an operation without parameters is kept under, such as its id and stride; None: it is not.
     """
     if getattr(operation, 'reads_relu', False):
         return operation(state.relu)
-    if isinstance(operation, nn.Identity | FactorizedReduce):
+    if key is None or isinstance(operation, nn.Identity | FactorizedReduce):
         return operation(state.raw)
     return state.derive(key, operation)

@@ -84,10 +84,12 @@ def test_teacher_forced_log_probabilities_are_those_of_reading_token_by_token():
     with torch.no_grad():
         memory = nao.encoder(tokens)
         embedding = nao.encoder.embed(memory)
-        state, steps = (embedding[None], embedding[None]), []
-        for token in shift(tokens).unbind(1):
-            log_probs, state = nao.decoder.read(token[:, None], state, memory)
-            steps.append(log_probs)
+        decoder, state, steps = nao.decoder, (embedding[None], embedding[None]), []
+        for token in shift(tokens).unbind(1):  # as the specification words it
+            output, state = decoder.rnn(decoder.embedding(token)[:, None], state)
+            weights = torch.softmax(decoder.attention.input_proj(output) @ memory.transpose(1, 2), dim=-1)
+            mixed = torch.tanh(decoder.attention.output_proj(torch.cat([weights @ memory, output], dim=-1)))
+            steps.append(torch.log_softmax(decoder.out(mixed), dim=-1))
         torch.testing.assert_close(nao(tokens, shift(tokens))[1], torch.cat(steps, 1), rtol=1e-4, atol=1e-5)
 
 
@@ -97,7 +99,7 @@ def test_a_position_sees_only_the_tokens_before_it():
     other[0, 8:] = sequences(50, seed=1)[-1, 8:]
     with torch.no_grad():
         memory = nao.encoder(tokens)
-        one, two = (nao.decoder(shift(each), nao.encoder.embed(memory), memory)[0] for each in (tokens, other))
+        one, two = (nao.decoder.follow(shift(each), nao.encoder.embed(memory), memory) for each in (tokens, other))
     torch.testing.assert_close(one[:, :9], two[:, :9])
     assert not torch.allclose(one[:, 9:], two[:, 9:])
 

@@ -142,7 +142,7 @@ class Plan(NamedTuple):
 
 
 # The presets' fits are made for pools of hundreds of long sequences; here are tens of short ones and many rounds.
-PLANS = {'nao_best': Plan(40, 10, PRESETS['best']._replace(epochs=60, later_updates=12)),
+PLANS = {'nao_best': Plan(40, 10, PRESETS['best']._replace(epochs=60, later_updates=20)),
          'nao_paper': Plan(100, 50, PRESETS['paper']._replace(epochs=300))}
 
 
