@@ -114,7 +114,7 @@ def figure(of: list[RunFiles], columns: int = 3) -> Any:
         panel(axes, having)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-        axes.margins(y=0.15)  # room for the legend
+        axes.margins(y=0.2)  # room for the legend
         if axes.dataLim.width < 1:  # a single epoch or λ so far
             axes.set_xlim(axes.dataLim.x0 - 1, axes.dataLim.x1 + 1)
         axes.spines[['top', 'right']].set_visible(False)
