@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FIXED = ['--dataset=digits', '--device=cpu', '--fixed_arc=NAONet_B', '--layers=1', '--channels=4', '--batch_size=479',
          '--lr_max=0.1']
 SEARCH = ['--dataset=digits', '--device=cpu', '--child_layers=1', '--child_nodes=2', '--child_channels=4',
-          '--child_batch_size=431',
-          '--child_epochs=2', '--child_eval_epochs=1', '--child_eval_batch_size=20', '--controller_seed_arch=6',
-          '--controller_new_arch=3', '--controller_epochs=100', '--child_rank_count=1', '--child_rank_epochs=1']
+          '--child_batch_size=431', '--child_epochs=2', '--child_eval_epochs=1', '--child_eval_batch_size=20',
+          '--controller_seed_arch=6', '--controller_new_arch=3', '--controller_epochs=100',
+          '--child_rank_count=1', '--child_rank_epochs=1']
 has_graphviz = importlib.util.find_spec('graphviz') and shutil.which('dot')
 needs_graphviz = pytest.mark.skipif(not has_graphviz, reason='Graphviz (package and dot) is not installed')
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec('matplotlib'), reason='matplotlib is not installed')
@@ -141,7 +141,6 @@ def test_describe():
     assert 'node 1 = conv 1x3, 3x1 of state 2 (node 0) + conv 3x3 of state 1 (previous cell)' in text
     assert 'layers 6, channels 36): 11,470,150 parameters, 1,67' in text
     assert 'layers 4, channels 42): 11,353,831 parameters' in text
-    assert 'channels 128): 144,576,394' in output('tools/draw.py', 'NAONet_A', '--describe', '--channels=128')
 
 
 def test_draw_mistakes(tmp_path):
@@ -224,6 +223,20 @@ def test_table(runs, tmp_path):
     command = [sys.executable, 'tools/table.py', runs / 'training', tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stdout.splitlines()) == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_a_search_the_complete_way(runs, tmp_path):
+    """It has no epochs but rounds, and no network in its checkpoint."""
+    metrics = [json.loads(line) for line in (runs / 'search' / 'metrics.jsonl').read_text().splitlines()]
+    metrics = [record for record in metrics if record['kind'] != 'epoch']
+    (tmp_path / 'metrics.jsonl').write_text(''.join(f'{json.dumps(record)}\n' for record in metrics))
+    state = utils.load_checkpoint(runs / 'search' / 'checkpoint.pt')
+    state['args'] |= {'method': 'NAO', 'rounds': 2}
+    torch.save(state | {'model': {}}, tmp_path / 'checkpoint.pt')
+    assert ' 2/2 rounds ' in output('tools/table.py', tmp_path)
+    if importlib.util.find_spec('matplotlib'):
+        output('tools/report.py', tmp_path)
+        assert 'rounds done' in (tmp_path / 'report.html').read_text()
 
 
 # --------------------------------------------------------------------------------------------------------- using networks
