@@ -47,7 +47,7 @@ def cell_source(cell: tuple[int, ...], name: str) -> list[str]:
     states = [f'{name}{state}' for state in range(len(cell) // 4 + 2)]
     stride = [' /2' if name == 'reduction' and state < 2 else '' for state in range(len(states))]
     lines = [f'  subgraph cluster_{name} {{', f'    label="{name} cell{" (/2: stride 2)" if any(stride) else ""}"',
-             f'    {{ rank=same; {states[0]} -> {states[1]} [style=invis] }}']  # state 0 above state 1
+             f'    {{ rank=same; {states[0]}; {states[1]} }}']
     lines += [statement(states[state], label=INPUTS[state].replace(' ', r'\n'), fillcolor='#f6d9b0') for state in (0, 1)]
     lines += [statement(node, label=str(index), shape='circle', fillcolor='#cfe0f3') for index, node in enumerate(states[2:])]
     lines.append(statement(f'{name}_out', label='concat', fillcolor='#d5ead0'))
