@@ -39,7 +39,7 @@ def by_run(title: str, unit: str, kind: str, x: str = 'epoch', **ys: Callable[[d
     def panel(axes: Axes, of: list[RunFiles]) -> None:
         for index, run in enumerate(of):
             curves(axes, run, kind, x, ys, f'C{index}')
-        axes.set(title=title, xlabel='epoch', ylabel=unit)
+        axes.set(title=title, xlabel=of[0].unit, ylabel=unit)
         axes.legend(fontsize='small')
     return panel
 
@@ -58,13 +58,13 @@ def round_accuracies(axes: Axes, of: list[RunFiles]) -> None:
             parts[name].set(color=f'C{index}', linewidth=1)
         best = [100 * max(max(record['accuracies']) for record in scores[:count + 1]) for count in range(len(scores))]
         axes.plot(epochs, best, 'k.-' if len(of) == 1 else f'C{index}.-', label=f'{run.name}: best so far')
-    axes.set(title='accuracies of the pool, round by round', xlabel='epoch', ylabel='validation accuracy (%)')
+    axes.set(title='accuracies of the pool, round by round', xlabel=of[0].unit, ylabel='validation accuracy (%)')
     axes.legend(fontsize='small')
 
 
 def new_per_lambda(axes: Axes, of: list[RunFiles]) -> None:
     """How many new architectures each step size λ gave, the rounds stacked."""
-    bars = [(f'{run.name}, epoch {record["epoch"]}', record['per_lambda']) for run in of for record in run.records('new')]
+    bars = [(f'{run.name}, {run.unit} {record["epoch"]}', record['per_lambda']) for run in of for record in run.records('new')]
     lambdas = sorted({int(step) for _, counts in bars for step in counts})
     below = [0] * len(lambdas)
     for name, counts in bars:
@@ -81,7 +81,7 @@ def ranking(axes: Axes, of: list[RunFiles]) -> None:
         records = run.records('rank')
         places = [record['index'] + 1 + 0.8 * ((index + 0.5) / len(of) - 0.5) for record in records]
         axes.bar(places, [100 * record['accuracy'] for record in records], width=0.8 / len(of), label=run.name)
-    axes.set(title='the best, trained from scratch', xlabel='place by shared weights', ylabel='validation accuracy (%)')
+    axes.set(title='the best, trained from scratch', xlabel='place in the pool', ylabel='validation accuracy (%)')
     axes.legend(fontsize='small')
 
 
@@ -114,7 +114,7 @@ def figure(of: list[RunFiles], columns: int = 3) -> Any:
         panel(axes, having)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-        axes.margins(y=0.15)  # room for the legend
+        axes.margins(y=0.2)  # room for the legend
         if axes.dataLim.width < 1:  # a single epoch or λ so far
             axes.set_xlim(axes.dataLim.x0 - 1, axes.dataLim.x1 + 1)
         axes.spines[['top', 'right']].set_visible(False)

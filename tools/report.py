@@ -61,10 +61,8 @@ def found(run: RunFiles) -> str:
 
 def summary(run: RunFiles) -> list[tuple[str, str]]:
     """What a reader wants to know first."""
-    last = run.records('epoch')[-1]
-    epochs = run.args['child_epochs' if run.is_search else 'epochs']
-    rows = [('kind', 'search by NAO-WS' if run.is_search else 'training of one architecture'),
-            ('data set', str(run.args.get('dataset', 'imagenet'))), ('epochs done', f'{last["epoch"]} of {epochs}'),
+    rows = [('kind', f'search by {run.args.get("method", "NAO-WS")}' if run.is_search else 'training of one architecture'),
+            ('data set', run.dataset), (f'{run.unit}s done', run.progress),
             ('best top-1 error', runs.percent(run.best_error) + (' (validation split)' if run.is_search else ' (test)'))]
     if not run.is_search:
         parameters, madds = run.sizes
@@ -76,7 +74,8 @@ def timings(run: RunFiles) -> list[tuple[str, str]]:
     """How long the run took in all and for each kind of work, and how fast it was."""
     rows = [(name, str(timedelta(seconds=round(seconds)))) for name, seconds in run.seconds_by_kind.items()]
     speeds = [record['train']['images_per_second'] for record in run.records('epoch')]
-    rows.append(('training speed', f'{sorted(speeds)[len(speeds) // 2]:.0f} images/s (median of the epochs)'))
+    if speeds:
+        rows.append(('training speed', f'{sorted(speeds)[len(speeds) // 2]:.0f} images/s (median of the epochs)'))
     return rows
 
 

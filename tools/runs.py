@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-WORK = {'epoch': 'training', 'score': 'scoring the pool', 'controller': 'fitting the controller',
+WORK = {'epoch': 'training', 'score': 'judging the pool', 'controller': 'fitting the controller',
         'new': 'new architectures', 'rank': 'training the best from scratch'}  # by the kind of a record
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,7 +39,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'not a text file'
         raise utils.UserError(f'{path}: cannot be read ({reason}); name the output directory of a run that has finished an '
-                              'epoch') from None
+                              'epoch, or a round') from None
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # behind the last line break there is nothing yet, or half a record
         try:
@@ -49,7 +49,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError):
             raise utils.UserError(f'{path}, line {number}: is not a record of a run; the file is damaged') from None
     if not records:
-        raise utils.UserError(f'{path}: has no complete record yet; wait for the end of the first epoch')
+        raise utils.UserError(f'{path}: has no complete record yet; wait for the end of its first epoch or round')
     return records
 
 
@@ -90,8 +90,20 @@ class RunFiles:
 
     @property
     def is_search(self) -> bool:
-        """Whether the run is a search."""
-        return 'train' in self.metrics[0] and 'test' not in self.metrics[0]
+        """Whether the run is a search: only trainings test after each epoch."""
+        return 'test' not in self.metrics[0]
+
+    @property
+    def unit(self) -> str:
+        """What a run counts: epochs, or rounds if it is a search by NAO, the complete way."""
+        return 'epoch' if self.records('epoch') else 'round'
+
+    @property
+    def progress(self) -> str:
+        """How far the run is, as '3/600'."""
+        last = max(record['epoch'] for record in self.metrics if record['kind'] in ('epoch', 'score'))
+        flag = 'rounds' if self.unit == 'round' else 'child_epochs' if self.is_search else 'epochs'
+        return f'{last}/{self.args[flag]}'
 
     @property
     def dataset(self) -> str:
@@ -129,9 +141,9 @@ class RunFiles:
     def sizes(self) -> tuple[int, int]:
         """Parameters and multiply-adds of the network of the best architecture, as the run trains it."""
         prefix = 'child_' if self.is_search else ''
-        weights = self.checkpoint['model']
+        weights = self.checkpoint['model'].get('classifier.weight')  # not in a search by NAO, the complete way
         return sizes(self.found[0][1], self.dataset == 'imagenet', self.args[f'{prefix}layers'],
-                     self.args[f'{prefix}channels'], len(weights['classifier.weight']))
+                     self.args[f'{prefix}channels'], None if weights is None else len(weights))
 
     @property
     def found(self) -> list[tuple[str, Architecture]]:
@@ -143,7 +155,7 @@ class RunFiles:
             ranked = sorted(ranked, key=lambda record: -record['accuracy'])
             return [(f'{100 * record["accuracy"]:.2f} % on the validation split after training from scratch',
                      architecture.parse(record['arch'])) for record in ranked]
-        return [(f'{100 * record["accuracies"][0]:.2f} % with shared weights after epoch {record["epoch"]}',
+        return [(f'{100 * record["accuracies"][0]:.2f} % in the scoring of {self.unit} {record["epoch"]}',
                  architecture.parse(record['best_arch'])) for record in self.records('score')[-1:]]
 
 

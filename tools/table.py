@@ -29,15 +29,13 @@ UNKNOWN = '-'
 
 def row(run: RunFiles) -> tuple[str, ...]:
     """A run's row; raises UserError where the run has not written what it needs."""
-    epochs = run.records('epoch')[-1]['epoch'] if run.records('epoch') else 0
-    wanted = run.args['child_epochs' if run.is_search else 'epochs']
     hours = UNKNOWN if run.seconds is None else f'{run.seconds / 3600:.2f}'
     arch = run.found[0][1] if run.found else None
     sizes = (f'{size:,}' for size in run.sizes) if arch else (UNKNOWN, UNKNOWN)
     name = next((name for name, line in PUBLISHED.items() if arch == parse(line)), str(arch or UNKNOWN))
     published = None if run.is_search else PUBLISHED_ERRORS.get((name, run.dataset, run.args['channels']))
     return (run.name, run.dataset, *sizes, runs.percent(run.best_error) + (' valid' if run.is_search else ''),
-            runs.percent(published), f'{epochs}/{wanted}', hours, name)
+            runs.percent(published), run.progress + (' rounds' if run.unit == 'round' else ''), hours, name)
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
