@@ -5,8 +5,9 @@ position is data, so that any search space fits. All tensors are (batch, length,
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -372,46 +373,56 @@ def take_turns(predictions: Tensor, count: int) -> list[int]:
 
 
 def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]], count: int,
-            settings: Settings) -> list[tuple[int, ...]]:
+            settings: Settings) -> tuple[list[tuple[int, ...]], dict[float, int]]:
     """At most `count` sequences not in `known`, ascended from seeds (batch, length) by every NAO and decoded.
 
     With settings.candidates each NAO decodes up to that many and they choose in turn among all of them, best first;
-    without, each decodes its share and the first come are taken.
+    without, each decodes its share and the first come are taken. Returns them, and how many each λ decoded.
     """
     pool: dict[tuple[int, ...], None] = {}
+    per_lambda: Counter[float] = Counter()
     for member, nao in enumerate(naos):
         share = settings.candidates or math.ceil((count - len(pool)) / (len(naos) - member))
-        found, _ = new_architectures(nao, seeds, [*known, *pool], share, settings.lambdas)
+        found, counts = new_architectures(nao, seeds, [*known, *pool], share, settings.lambdas)
         pool.update(dict.fromkeys(found))
+        per_lambda.update(counts)
     candidates = list(pool)
-    if not settings.candidates or not candidates:
-        return candidates
-    with torch.no_grad():
-        tokens = torch.tensor(candidates, device=seeds.device)
-        predictions = torch.cat([nao.predict(tokens) for nao in naos], dim=1).T
-    return [candidates[column] for column in take_turns(predictions, count)]
+    if settings.candidates and candidates:
+        with torch.no_grad():
+            tokens = torch.tensor(candidates, device=seeds.device)
+            predictions = torch.cat([nao.predict(tokens) for nao in naos], dim=1).T
+        candidates = [candidates[column] for column in take_turns(predictions, count)]
+    return candidates, dict(per_lambda)
+
+
+def fit_all(naos: Sequence[NAO], sequences: Tensor, targets: Tensor, settings: Settings, generator: torch.Generator, *,
+            first: bool, **options: Any) -> dict[str, float]:
+    """Fit every NAO as the settings say; a later fit (first=False) goes on from their weights. `options` go to `fit`.
+
+    Returns the last NAO's last report.
+    """
+    epochs, values = settings.epochs, {}
+    if settings.later_updates and not first:
+        # Steps, not epochs: what a round of new architectures takes to learn does not grow with what is known already.
+        epochs = math.ceil(settings.later_updates / math.ceil(len(sequences) / settings.batch_size))
+    for nao in naos:
+        values = fit(nao, sequences, targets, epochs=epochs, batch_size=settings.batch_size, lr=settings.lr,
+                     l2_reg=settings.l2_reg, trade_off=settings.trade_off, grad_bound=settings.grad_bound,
+                     loss=settings.loss, unlabelled=settings.unlabelled, generator=generator, **options)
+    return values
 
 
 def search_step(naos: Sequence[NAO], sequences: Sequence[Sequence[int]], accuracies: Sequence[float], count: int,
                 settings: Settings, generator: torch.Generator, *, first: bool = True,
-                refused: Collection[Sequence[int]] = (),
-                augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
-                report: Callable[[dict[str, float]], None] = lambda values: None) -> list[tuple[int, ...]]:
+                refused: Collection[Sequence[int]] = (), **options: Any) -> list[tuple[int, ...]]:
     """Fit every NAO to the known accuracies of sequences, ascend from the best: at most `count` new ones, best first.
 
     naos: settings.members of them, on one device; a later step (first=False) goes on from their weights. refused:
-    sequences that are not to be proposed either. augment, report: see `fit`.
+    sequences that are not to be proposed either. options: see `fit`.
     """
     device = next(naos[0].parameters()).device
     tokens = torch.tensor(sequences, device=device)
     targets = TARGETS[settings.targets](accuracies).to(device)
-    epochs = settings.epochs
-    if settings.later_updates and not first:
-        # Steps, not epochs: what a round of new architectures takes to learn does not grow with what is known already.
-        epochs = math.ceil(settings.later_updates / math.ceil(len(tokens) / settings.batch_size))
-    for nao in naos:
-        fit(nao, tokens, targets, epochs=epochs, batch_size=settings.batch_size, lr=settings.lr, l2_reg=settings.l2_reg,
-            trade_off=settings.trade_off, grad_bound=settings.grad_bound, loss=settings.loss,
-            unlabelled=settings.unlabelled, generator=generator, augment=augment, report=report)
+    fit_all(naos, tokens, targets, settings, generator, first=first, **options)
     seeds = tokens[targets.flatten().argsort(descending=True, stable=True)[:settings.top]]
-    return propose(naos, seeds, [*map(tuple, sequences), *map(tuple, refused)], count, settings)
+    return propose(naos, seeds, [*map(tuple, sequences), *map(tuple, refused)], count, settings)[0]

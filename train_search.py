@@ -36,18 +36,28 @@ from architecture import Architecture
 from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet, Supernet
 
+PAPER = controller.PRESETS['paper']
 TRAIN_SHARE = 0.9  # of the training images; the rest validates
 IMAGENET_RANK_STEPS = 500  # of training one of the best from scratch on ImageNet
-SEEDS_OF_NEW = 100  # the best architectures, from which the controller ascends
-LAMBDAS = range(1, 51)  # step sizes of the ascent, until there are enough new architectures
-COMPLETE_LAMBDAS = (10, 20, 30)  # those of NAO, the complete way
 RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB = 0.6, 0.8  # of the final trainings from scratch
+
+
+def lambdas(text: str) -> tuple[float, ...]:
+    """The argparse type of --controller_lambdas: a list of step sizes such as [10,20,30]."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, list) or not value or any(type(step) not in (int, float) or not 0 < step < math.inf
+                                                       for step in value):
+        raise argparse.ArgumentTypeError(f'must be a list of numbers above 0 such as [10,20,30], not {text!r}')
+    return tuple(value)
 
 
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     'NAO-WS': {'search_space': 'small'},
     'NAO': {'search_space': 'large', 'child_epochs': 25, 'child_channels': 32, 'child_lr_max': 0.024, 'child_lr_min': 0.0,
-            'child_drop_path_keep_prob': 0.7, 'child_use_aux_head': True},
+            'child_drop_path_keep_prob': 0.7, 'child_use_aux_head': True, 'controller_lambdas': (10, 20, 30)},
 }
 CONTROLLER_SIZES = ('encoder_layers', 'encoder_hidden_size', 'encoder_emb_size', 'encoder_dropout', 'mlp_layers',
                     'mlp_hidden_size', 'mlp_dropout', 'decoder_layers', 'decoder_hidden_size', 'decoder_dropout')
@@ -110,12 +120,19 @@ def parse_args() -> argparse.Namespace:
             ('new_arch', utils.POSITIVE_INT, 300, 'new architectures a round'),
             ('expand', utils.POSITIVE_INT, None, 'N: write N-1 copies of each architecture with swapped operands and hold '
              '10 %% out (default: swap anew in each epoch, hold none out)'),
-            ('epochs', utils.POSITIVE_INT, 1000, 'epochs of a fit'),
-            ('batch_size', utils.POSITIVE_INT, 100, 'architectures per step'),
-            ('lr', utils.POSITIVE, 0.001, 'learning rate of Adam'),
-            ('trade_off', utils.FRACTION, 0.8, 'weight of the prediction loss; the rest weighs the reconstruction'),
-            ('l2_reg', utils.NOT_NEGATIVE, 1e-4, 'weight decay'),
-            ('grad_bound', utils.POSITIVE, 5.0, 'gradients are clipped to this norm'),
+            ('epochs', utils.POSITIVE_INT, PAPER.epochs, 'epochs of a fit'),
+            ('later_updates', utils.COUNT, PAPER.later_updates, 'gradient steps of the fits after the first; 0: all '
+             'epochs again'),
+            ('batch_size', utils.POSITIVE_INT, PAPER.batch_size, 'architectures per step'),
+            ('lr', utils.POSITIVE, PAPER.lr, 'learning rate of Adam'),
+            ('trade_off', utils.FRACTION, PAPER.trade_off, 'weight of the prediction loss; the rest weighs the reconstruction'),
+            ('l2_reg', utils.NOT_NEGATIVE, PAPER.l2_reg, 'weight decay'),
+            ('grad_bound', utils.POSITIVE, PAPER.grad_bound, 'gradients are clipped to this norm'),
+            ('members', utils.POSITIVE_INT, PAPER.members, 'controllers, each fitted on its own'),
+            ('unlabelled', utils.COUNT, PAPER.unlabelled, 'random architectures a step to reconstruct; 0: those of the batch'),
+            ('top', utils.POSITIVE_INT, PAPER.top, 'the best architectures, from which the ascent starts'),
+            ('candidates', utils.COUNT, PAPER.candidates, 'architectures that each controller writes to choose from by their '
+             'predictions; 0: the first come are taken'),
             ('encoder_layers', utils.POSITIVE_INT, 1, 'LSTM layers of the encoder'),
             ('encoder_hidden_size', utils.POSITIVE_INT, 96, 'units of each of them'),
             ('encoder_emb_size', utils.POSITIVE_INT, 48, 'numbers that a token is embedded in'),
@@ -127,8 +144,19 @@ def parse_args() -> argparse.Namespace:
             ('decoder_hidden_size', utils.POSITIVE_INT, 96, 'units of each of them'),
             ('decoder_dropout', utils.FRACTION, 0.0, 'share of their inputs that is dropped')):
         group.add_argument(f'--controller_{name}', type=kind, default=default, help=text)
-    method = parser.parse_args().method
+    group.add_argument('--controller_targets', choices=controller.TARGETS, default=PAPER.targets,
+                       help='scaled: accuracies by their minimum and maximum; ranks: the share of others each one beats')
+    group.add_argument('--controller_loss', choices=controller.LOSSES, default=PAPER.loss, help='of the prediction')
+    group.add_argument('--controller_lambdas', type=lambdas, default=PAPER.lambdas, metavar='[λ,...]',
+                       help='step sizes of the ascent, until there are enough new architectures (default: [1,2,...,50] for '
+                       'NAO-WS, [10,20,30] for NAO)')
+    group.add_argument('--controller_preset', choices=controller.PRESETS, default='paper', help='best: values of these '
+                       'flags that find good architectures with fewer evaluations')
+    first = parser.parse_args()
+    method, preset = first.method, controller.PRESETS[first.controller_preset]
     parser.set_defaults(**METHOD_DEFAULTS[method])
+    if preset != PAPER:
+        parser.set_defaults(**{f'controller_{name}': value for name, value in preset._asdict().items()})
     args = parser.parse_args()
     if method == 'NAO-WS' and args.search_space != 'small':
         raise utils.UserError('--search_space=large: the weight-sharing network has the operations of the small space; use '
@@ -242,7 +270,7 @@ class Search:
     """
 
     phases: tuple[str, ...]
-    fields: tuple[str, ...] = ('phase', 'accuracies')  # what a checkpoint holds beside networks and pool
+    fields: tuple[str, ...] = ('phase', 'accuracies', 'fits')  # what a checkpoint holds beside networks and pool
 
     def __init__(self, args: argparse.Namespace, run: utils.Run):
         self.args, self.run = args, run
@@ -252,9 +280,17 @@ class Search:
         self.task = (open_imagenet if args.dataset == 'imagenet' else open_small_images)(args, run)
         allowed = self.vocabulary.allowed_tokens
         sizes = {name: getattr(args, f'controller_{name}') for name in CONTROLLER_SIZES}
-        self.nao = controller.NAO(allowed, self.vocabulary.size, len(allowed) // 2, **sizes).to(run.device)
-        run.broadcast(self.nao)
+        self.settings = controller.Settings(**{name: getattr(args, f'controller_{name}') for name in PAPER._fields})
+        self.naos = [controller.NAO(allowed, self.vocabulary.size, len(allowed) // 2, **sizes).to(run.device)
+                     for _ in range(self.settings.members)]
+        self.fits = 0
+        self.broadcast_naos()
         self.phase, self.resumed = self.phases[0], None
+
+    def broadcast_naos(self) -> None:
+        """Give the first process's controllers to all."""
+        for nao in self.naos:
+            self.run.broadcast(nao)
 
     def first_pool(self) -> list[Architecture]:
         """The pool file that the user names, or random architectures."""
@@ -280,7 +316,11 @@ class Search:
         if state.get('phase') not in (*self.phases, 'done'):
             raise utils.UserError(f'{self.checkpoint} is not the checkpoint of a search by --method={self.args.method}; name '
                                   'another --output_dir')
-        utils.load_model(self.nao, state['controller'], self.checkpoint)
+        if len(state['controller']) != len(self.naos):
+            raise utils.UserError(f'{self.checkpoint} has {len(state["controller"])} controllers; give the '
+                                  '--controller_members and --controller_preset that the search began with')
+        for nao, weights in zip(self.naos, state['controller'], strict=True):
+            utils.load_model(nao, weights, self.checkpoint)
         self.pool = [architecture.parse(line) for line in state['pool']]
         for name in self.fields:
             setattr(self, name, state[name])
@@ -289,8 +329,9 @@ class Search:
 
     def save(self, **more: Any) -> None:
         """Write the checkpoint."""
-        state = self.run.state() | {'model': {}, 'controller': self.nao.state_dict(), 'pool': [str(arch) for arch in self.pool],
-                                    'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
+        state = self.run.state() | {
+            'model': {}, 'controller': [nao.state_dict() for nao in self.naos], 'pool': [str(arch) for arch in self.pool],
+            'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
         utils.save_checkpoint(self.run, state | {name: getattr(self, name) for name in self.fields} | more, self.checkpoint)
 
     def search(self) -> None:
@@ -328,7 +369,8 @@ class Search:
     def fit(self) -> None:
         """Train the controller on the pool and its accuracies."""
         args, generator = self.args, self.run.generators['search']
-        sequences, targets = self.tokens(self.pool), controller.scale(self.accuracies).to(self.run.device)
+        sequences = self.tokens(self.pool)
+        targets = controller.TARGETS[self.settings.targets](self.accuracies).to(self.run.device)
         augment, held_out = architecture.swap_operands, None
         if args.controller_expand:
             order = torch.randperm(len(sequences), generator=generator).to(self.run.device)
@@ -339,24 +381,23 @@ class Search:
             sequences, targets, augment = torch.cat(copies), targets[train].repeat(args.controller_expand, 1), None
 
         def report(values: dict[str, float]) -> None:
-            self.run.log(f'controller epoch {values["epoch"]}/{args.controller_epochs} loss {values["loss"]:.5f} pairwise '
+            self.run.log(f'controller epoch {values["epoch"]} loss {values["loss"]:.5f} pairwise '
                          f'accuracy {values["pairwise_accuracy"]:.4f} Hamming distance {values["hamming_distance"]:.4f}')
-        values = controller.fit(
-            self.nao, sequences, targets, epochs=args.controller_epochs, batch_size=args.controller_batch_size,
-            lr=args.controller_lr, l2_reg=args.controller_l2_reg, trade_off=args.controller_trade_off,
-            grad_bound=args.controller_grad_bound, generator=generator, augment=augment, held_out=held_out, report=report)
+        values = controller.fit_all(self.naos, sequences, targets, self.settings, generator, first=not self.fits,
+                                    augment=augment, held_out=held_out, report=report)
         if not math.isfinite(values['loss']):
             raise utils.NotFiniteError(f'the loss of the controller is {values["loss"]}; the last checkpoint is kept; a '
                                        'smaller --controller_lr may help')
-        self.run.broadcast(self.nao)
+        self.broadcast_naos()
+        self.fits += 1
         self.run.write_metrics(kind='controller', search_epoch=self.number(), **values)
         self.phase = 'propose'
 
-    def new_architectures(self, count: int, lambdas: Iterable[float]) -> list[Architecture]:
+    def new_architectures(self, count: int) -> list[Architecture]:
         """Let the controller write up to `count` architectures that are not in the pool."""
-        new, per_lambda = self.run.together(lambda: controller.new_architectures(
-            self.nao, self.tokens(self.pool[:SEEDS_OF_NEW]), [self.vocabulary.encode(arch) for arch in self.pool], count,
-            lambdas))
+        known = [self.vocabulary.encode(arch) for arch in self.pool]
+        new, per_lambda = self.run.together(lambda: controller.propose(
+            self.naos, self.tokens(self.pool[:self.settings.top]), known, count, self.settings))
         self.run.log(f'{len(new)} new architectures, per λ: {per_lambda}')
         self.run.write_metrics(kind='new', epoch=self.number(), new=len(new), per_lambda=per_lambda)
         return [self.vocabulary.decode(tokens) for tokens in new]
@@ -528,7 +569,7 @@ class WeightSharingSearch(Search):
 
     def propose(self) -> None:
         """Put new architectures in place of the worst."""
-        new = self.new_architectures(min(self.args.controller_new_arch, len(self.pool)), LAMBDAS)
+        new = self.new_architectures(min(self.args.controller_new_arch, len(self.pool)))
         self.pool = self.pool[:len(self.pool) - len(new)] + new
         self.write_pool('', self.pool)
         self.phase = 'train'
@@ -569,7 +610,7 @@ class CompleteSearch(Search):
 
     def propose(self) -> None:
         """Add new candidates to the pool."""
-        new = self.new_architectures(self.args.controller_new_arch, COMPLETE_LAMBDAS)
+        new = self.new_architectures(self.args.controller_new_arch)
         self.pool, self.round = self.pool + new, self.round + 1
         self.write_pool('', self.pool)
         self.phase = 'evaluate' if new else 'rank'
