@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import controller
 from architecture import sample, swap_operands, vocabulary
@@ -303,7 +304,7 @@ def test_gradients_are_clipped_to_the_bound():
     def watch(optimizer, *_):
         gradients = [parameter.grad for group in optimizer.param_groups for parameter in group['params']]
         norms.append(float(torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()))
-    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(watch)
+    hook = register_optimizer_step_pre_hook(watch)
     try:
         fit(make(), sequences(60), performances(sequences(60)), epochs=2, grad_bound=1e-3)
     finally:
