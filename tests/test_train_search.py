@@ -71,8 +71,8 @@ def assert_same_search(folder, other):
 def test_a_search_writes_its_pools_metrics_and_one_checkpoint(searched):
     folder, result = searched
     assert result.status == 0 and result.err == '', result
-    assert files(folder) == sorted([f'arch_pool{suffix}' for suffix in (
-        '', '.1', '.2', '.final', '.perf', '.perf.1', '.perf.2', '.perf.final')] + ['checkpoint.pt', 'metrics.jsonl', 'results.0.jsonl'])
+    pools = [f'arch_pool{suffix}' for suffix in ('', '.1', '.2', '.final', '.perf', '.perf.1', '.perf.2', '.perf.final')]
+    assert files(folder) == [*pools, 'checkpoint.pt', 'metrics.jsonl', 'results.0.jsonl']
     state = load(folder / 'checkpoint.pt')
     assert {'args', 'model', 'epoch', 'step', 'optimizer', 'best_acc_top1'} <= set(state)
     assert (state['epoch'], state['step']) == (2, 8)  # 144 images, 36 a batch
