@@ -343,6 +343,10 @@ class Search:
         while self.phase in self.phases:
             getattr(self, self.phase)()
             self.save()
+        final = self.run.output_dir / 'arch_pool.final'
+        best = final.read_text().splitlines() if final.exists() else []
+        if best:
+            self.run.log(f'finished: the best architecture is {best[0]}; the ranked ones are in {final}, best first')
 
     def write_pool(self, suffix: str, pool: Sequence, accuracies: Sequence[float] | None = None) -> None:
         """Write arch_pool{suffix}, and arch_pool.perf{suffix} where there are accuracies."""
@@ -410,9 +414,6 @@ class Search:
             self.run.write_metrics(kind='rank', index=index, accuracy=accuracy, arch=str(arch))
         ranked = sorted(zip(accuracies, best, strict=True), key=lambda pair: -pair[0])
         self.write_pool('.final', [arch for _, arch in ranked], [accuracy for accuracy, _ in ranked])
-        if ranked:
-            self.run.log(f'finished: the best architecture is {ranked[0][1]}; the ranked ones are in '
-                         f'{self.run.output_dir / "arch_pool.final"}, best first')
         self.phase = 'done'
 
     def train_all(self, kind: str, archs: Sequence[Architecture], keep_prob: float, drop_path_keep_prob: float,

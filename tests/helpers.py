@@ -216,7 +216,8 @@ def metrics(folder: Path) -> list[dict]:
 def without_speed(value: Any) -> Any:
     """Metrics without the values that depend on the machine's speed."""
     if isinstance(value, dict):
-        return {key: without_speed(item) for key, item in value.items() if key != 'images_per_second'}
+        return {key: without_speed(item) for key, item in value.items()
+                if key not in ('images_per_second', 'seconds')}
     return [without_speed(item) for item in value] if isinstance(value, list) else value
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import controller
 from architecture import sample, swap_operands, vocabulary
@@ -79,18 +80,48 @@ def test_teacher_forcing_the_greedy_tokens_gives_the_greedy_log_probabilities(no
     assert torch.equal(forced_prediction, prediction)
 
 
-def test_teacher_forced_log_probabilities_are_those_of_reading_token_by_token():
-    nao, tokens = make(spread=0.3), sequences(4)
+def literal(nao, tokens, given):
+    """Prediction and log-probabilities as the specification words them, token by token, out of the published weights."""
+    encoder, decoder = nao.encoder, nao.decoder
+    edges = encoder.embedding(tokens).reshape(len(tokens), tokens.shape[1] // 2, -1)
+    memory = torch.nn.functional.normalize(encoder.rnn(edges)[0], dim=-1)
+    embedding = torch.nn.functional.normalize(memory.mean(1), dim=-1)
+    state, steps = (embedding.expand(decoder.rnn.num_layers, -1, -1).contiguous(),) * 2, []
+    for token in given.unbind(1):
+        output, state = decoder.rnn(decoder.embedding(token)[:, None], state)
+        scores = torch.einsum('bh,bsh->bs', decoder.attention.input_proj(output[:, 0]), memory)
+        mix = torch.einsum('bs,bsh->bh', scores.softmax(-1), memory)
+        attended = torch.tanh(decoder.attention.output_proj(torch.cat([mix, output[:, 0]], dim=-1)))
+        steps.append(decoder.out(attended).log_softmax(-1))
+    hidden = embedding
+    for layer in encoder.mlp:
+        hidden = layer(hidden)
+    return torch.sigmoid(encoder.regressor(hidden)), torch.stack(steps, dim=1)
+
+
+@pytest.mark.parametrize('layers', [1, 2])
+@pytest.mark.parametrize('nodes, space', SPACES)
+def test_teacher_forced_values_and_gradients_are_those_of_reading_token_by_token(nodes, space, layers, float64):
+    nao = make(nodes, space, spread=0.3, decoder_layers=layers, encoder_layers=layers, encoder_hidden_size=24,
+               decoder_hidden_size=24, encoder_emb_size=10)
+    tokens, weight = sequences(4, nodes, space), torch.randn(4, 8 * nodes, vocabulary(nodes, space).size)
+    gradients = []
+    expected, given = literal(nao, tokens, shift(tokens)), nao(tokens, shift(tokens))[:2]
+    for prediction, log_probs in (expected, given):
+        loss = prediction.sum() + (weight * log_probs).sum()
+        gradients.append(torch.autograd.grad(loss, list(nao.parameters())))
+    for one, other in zip([*expected, *gradients[0]], [*given, *gradients[1]], strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('layers', [1, 2])
+def test_greedy_log_probabilities_are_those_of_reading_the_chosen_tokens_one_by_one(layers, float64):
+    nao, tokens = make(5, spread=0.3, decoder_layers=layers), sequences(6, 5)
     with torch.no_grad():
-        memory = nao.encoder(tokens)
-        embedding = nao.encoder.embed(memory)
-        decoder, state, steps = nao.decoder, (embedding[None], embedding[None]), []
-        for token in shift(tokens).unbind(1):  # as the specification words it
-            output, state = decoder.rnn(decoder.embedding(token)[:, None], state)
-            weights = torch.softmax(decoder.attention.input_proj(output) @ memory.transpose(1, 2), dim=-1)
-            mixed = torch.tanh(decoder.attention.output_proj(torch.cat([weights @ memory, output], dim=-1)))
-            steps.append(torch.log_softmax(decoder.out(mixed), dim=-1))
-        torch.testing.assert_close(nao(tokens, shift(tokens))[1], torch.cat(steps, 1), rtol=1e-4, atol=1e-5)
+        prediction, log_probs, decoded = nao(tokens)
+        expected_prediction, expected = literal(nao, tokens, shift(decoded))
+    torch.testing.assert_close(log_probs, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(prediction, expected_prediction, rtol=1e-9, atol=1e-9)
 
 
 def test_a_position_sees_only_the_tokens_before_it():
@@ -98,10 +129,21 @@ def test_a_position_sees_only_the_tokens_before_it():
     other = tokens.clone()
     other[0, 8:] = sequences(50, seed=1)[-1, 8:]
     with torch.no_grad():
-        memory = nao.encoder(tokens)
-        one, two = (nao.decoder.follow(shift(each), nao.encoder.embed(memory), memory) for each in (tokens, other))
+        one, two = (nao(tokens, shift(each))[1] for each in (tokens, other))
     torch.testing.assert_close(one[:, :9], two[:, :9])
     assert not torch.allclose(one[:, 9:], two[:, 9:])
+
+
+@pytest.mark.parametrize('name', ['encoder_dropout', 'mlp_dropout', 'decoder_dropout'])
+def test_dropout_acts_in_training_only(name):
+    nao, tokens = make(encoder_layers=2, decoder_layers=2, **({'mlp_dropout': 0.0} | {name: 0.5})), sequences(5)
+    with torch.no_grad():
+        one, two = (nao(tokens, shift(tokens))[:2] for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        nao.train()
+        one, two = (nao(tokens, shift(tokens))[:2] for _ in range(2))
+    assert [not torch.equal(a, b) for a, b in zip(one, two, strict=True)] == {
+        'encoder_dropout': [True, True], 'mlp_dropout': [True, False], 'decoder_dropout': [False, True]}[name]
 
 
 def test_a_batch_is_read_as_its_rows():
@@ -257,16 +299,17 @@ def test_equal_accuracies_can_be_fitted():
 
 
 def test_gradients_are_clipped_to_the_bound():
-    class Watching(NAO):
-        def forward(self, *args):
-            norms.append(sum(float(parameter.grad.square().sum()) for parameter in self.parameters()
-                             if parameter.grad is not None) ** 0.5)
-            return super().forward(*args)
     norms = []
-    nao = make()
-    nao.__class__ = Watching
-    fit(nao, sequences(60), performances(sequences(60)), epochs=2, grad_bound=1e-3)
-    assert max(norms) <= 1e-3 * 1.001 and max(norms) > 0.9e-3
+
+    def watch(optimizer, *_):
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group['params']]
+        norms.append(float(torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()))
+    hook = register_optimizer_step_pre_hook(watch)
+    try:
+        fit(make(), sequences(60), performances(sequences(60)), epochs=2, grad_bound=1e-3)
+    finally:
+        hook.remove()
+    assert len(norms) == 6 and max(norms) <= 1e-3 * 1.001 and max(norms) > 0.9e-3
 
 
 # ----------------------------------------------------------------------------------------------------- new architectures

@@ -57,7 +57,7 @@ def test_the_table_has_the_sixteen_operations_of_the_paper():
 @pytest.mark.parametrize('operation', range(16))
 def test_an_operation_keeps_channels_and_divides_the_size_by_its_stride(operation, stride, height, width):
     module = OPERATIONS[operation].make(4, stride)
-    output = apply_operation(module, State(images(height, width)))
+    output = apply_operation(module, State(images(height, width)), 'any')
     assert output.shape == (2, 4, halved(height, stride), halved(width, stride))
     assert output.isfinite().all()
 
@@ -68,13 +68,13 @@ def test_an_operation_keeps_channels_and_divides_the_size_by_its_stride(operatio
 def test_a_pool_computes_its_formula(operation, stride, height, width):
     x = images(height, width) - 1  # mostly negative: zeros in a maximum show
     expected = literal_pool(x, *POOLS[operation], stride)
-    torch.testing.assert_close(apply_operation(OPERATIONS[operation].make(4, stride), State(x)), expected)
+    torch.testing.assert_close(apply_operation(OPERATIONS[operation].make(4, stride), State(x), 'any'), expected)
 
 
 @pytest.mark.parametrize('operation', [4, 5])
 def test_identity_of_stride_one_returns_its_input(operation):
     x = images(5, 6)
-    assert torch.equal(apply_operation(OPERATIONS[operation].make(4, 1), State(x)), x)
+    assert torch.equal(apply_operation(OPERATIONS[operation].make(4, 1), State(x), 'any'), x)
 
 
 def literal_factorized_reduce(module, x):
@@ -115,7 +115,7 @@ def test_a_separable_convolution_is_depthwise_and_pointwise_twice(operation, ker
         assert depth.weight.shape == (4, 1, kernel, kernel) and point.weight.shape == (4, 4, 1, 1)
         expected = literal_conv(expected.relu(), depth.weight, step, kernel // 2, groups=4)
         expected = F.batch_norm(literal_conv(expected, point.weight, 1, 0), None, None, norm.weight, norm.bias, True)
-    torch.testing.assert_close(apply_operation(module, State(x)), expected)
+    torch.testing.assert_close(apply_operation(module, State(x), 'any'), expected)
 
 
 @pytest.mark.parametrize('stride', [1, 2])
@@ -129,7 +129,7 @@ def test_a_convolution_is_relu_convolution_and_batch_norm(operation, shapes, str
         steps = tuple(stride if length > 1 or len(shapes) == 1 else 1 for length in shape)
         expected = literal_conv(expected.relu(), conv.weight, steps, tuple(length // 2 for length in shape))
         expected = F.batch_norm(expected, None, None, norm.weight, norm.bias, True)
-    torch.testing.assert_close(apply_operation(module, State(x)), expected)
+    torch.testing.assert_close(apply_operation(module, State(x), 'any'), expected)
 
 
 def test_an_operation_leaves_the_state_it_reads_as_it_is():
@@ -137,7 +137,7 @@ def test_an_operation_leaves_the_state_it_reads_as_it_is():
         x = images(6, 6)
         state = State(x.clone())
         for _ in range(2):
-            apply_operation(operation.make(4, stride), state)
+            apply_operation(operation.make(4, stride), state, 'any')
         assert torch.equal(state.raw, x), operation.name
         assert torch.equal(state.relu, x.relu()), operation.name
 
