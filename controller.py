@@ -331,7 +331,7 @@ def fit(nao: NAO, sequences: Tensor, targets: Tensor, *, epochs: int, batch_size
             optimizer.step()
             total += objective.detach() * len(chosen)
         if epoch % LOG_EVERY == 0 or epoch == epochs:
-            values = {'epoch': epoch, 'loss': float(total) / len(sequences),
+            values = {'epoch': epoch, 'epochs': epochs, 'loss': float(total) / len(sequences),
                       **evaluate(nao, *(held_out or (sequences, targets)))}
             report(values)
     return values

@@ -385,7 +385,7 @@ class Search:
             sequences, targets, augment = torch.cat(copies), targets[train].repeat(args.controller_expand, 1), None
 
         def report(values: dict[str, float]) -> None:
-            self.run.log(f'controller epoch {values["epoch"]} loss {values["loss"]:.5f} pairwise '
+            self.run.log(f'controller epoch {values["epoch"]}/{values["epochs"]} loss {values["loss"]:.5f} pairwise '
                          f'accuracy {values["pairwise_accuracy"]:.4f} Hamming distance {values["hamming_distance"]:.4f}')
         values = controller.fit_all(self.naos, sequences, targets, self.settings, generator, first=not self.fits,
                                     augment=augment, held_out=held_out, report=report)

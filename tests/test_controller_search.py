@@ -129,7 +129,7 @@ def test_members_share_the_count_where_the_first_come_are_taken():
     for nao in naos:  # a decoder that has learned nothing writes the same few sequences for all seeds
         fit(nao, seeds, torch.full((100, 1), 0.5), epochs=60, batch_size=100, lr=1e-2, l2_reg=0, trade_off=0.1,
             grad_bound=5.0, generator=generator)
-    together = propose(naos, seeds, [], 9, Settings(members=3))
+    together = propose(naos, seeds, [], 9, Settings(members=3))[0]
     assert together[:3] == new_architectures(naos[0], seeds, [], 3, range(1, 51))[0]
     assert len(set(together)) == len(together) == 9
 
