@@ -8,7 +8,7 @@ import argparse
 import sys
 
 import torch
-from helpers import fill
+from helpers import assert_equal, fill
 
 import architecture
 import datasets
@@ -17,7 +17,7 @@ import utils
 from model import NASNetworkCIFAR
 from model_search import NASWSNetworkCIFAR, WSBatchNorm
 
-BATCH_SIZES = (12, 13, 16)
+BATCH_SIZES = (12, 13)
 
 
 def freeze(model):
@@ -47,11 +47,11 @@ def compute():
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     run = utils.Run(argparse.Namespace(device='cpu', output_dir='nowhere', seed=0, tf32=False, amp='off'))
-    data = datasets.load('digits', '', False, run.device).select(range(45))
+    data = datasets.load('digits', '', False, run.device).select(range(27))
     arch, other, *pool = architecture.sample(7, 2, range(5), torch.Generator().manual_seed(3))
     result = {'world': run.world}
-    fixed = run.place(NASNetworkCIFAR(10, 1, 2, 4, 1.0, 1.0, True, 10, arch))
-    supernet = run.place(NASWSNetworkCIFAR(10, 1, 2, 4, 1.0, 1.0, True, 10))
+    fixed = run.place(NASNetworkCIFAR(10, 1, 2, 2, 1.0, 1.0, True, 10, arch))
+    supernet = run.place(NASWSNetworkCIFAR(10, 1, 2, 2, 1.0, 1.0, True, 10))
     freeze(fixed)
     freeze(supernet)
     fixed_parallel, supernet_parallel = run.parallel(fixed), run.parallel(supernet, shares_weights=True)
@@ -68,7 +68,8 @@ def compute():
     images, labels = datasets.EvalBatches(data, 100).batch(torch.arange(20))
     result['scores'] = train_search.score_pool(run, supernet, pool, images, labels)
     every = run.gather(result)
-    assert all(str(values) == str(every[0]) for values in every)  # all processes have the same
+    for values in every:
+        assert_equal(values, every[0])  # all processes have the same
     return result
 
 
