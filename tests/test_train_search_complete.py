@@ -25,7 +25,7 @@ from operations import SEARCH_SPACES
 from train_search import append_line
 
 PROGRAM = 'train_search.py'
-SIZES = ['--device=cpu', '--seed=1', '--child_nodes=1', '--child_layers=1', '--child_channels=2', '--child_batch_size=36',
+SIZES = ['--device=cpu', '--seed=1', '--child_nodes=1', '--child_layers=1', '--child_channels=4', '--child_batch_size=36',
          '--child_epochs=2', '--child_rank_count=2', '--child_rank_epochs=1', '--controller_epochs=30', '--controller_lr=0.01',
          '--controller_batch_size=10',
          '--controller_encoder_hidden_size=24', '--controller_decoder_hidden_size=24', '--controller_mlp_hidden_size=20']
@@ -163,8 +163,9 @@ def test_when_a_process_dies_only_its_candidate_is_trained_again(searched, few, 
 # -------------------------------------------------------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize('moment', [
-    ('utils.train_epoch', 1, False), ('utils.train_epoch', 6, True), ('utils.fit', 5, True), ('utils.fit', 12, True),
-    ('controller.fit', 1, True), ('utils.fit', 14, False), ('utils.fit', 24, True)])
+    ('utils.train_epoch', 6, True), ('utils.fit', 12, True), ('utils.fit', 24, True),
+    *(pytest.param(moment, marks=pytest.mark.slow) for moment in (
+        ('utils.train_epoch', 1, False), ('utils.fit', 5, True), ('controller.fit', 1, True), ('utils.fit', 14, False)))])
 def test_a_killed_search_trains_no_finished_candidate_again_and_ends_bit_identical(moment, searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     if moment == ('utils.fit', 24, True):  # the last but one or so, whatever the controller found
@@ -180,6 +181,7 @@ def test_a_killed_search_trains_no_finished_candidate_again_and_ends_bit_identic
     assert files(tmp_path) == files(searched[0])
 
 
+@pytest.mark.slow
 def test_a_search_killed_from_outside_goes_on(searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     program = Program(*command, preamble=few)
@@ -209,6 +211,7 @@ def test_a_line_is_appended_apart_from_one_that_was_cut_off(content, wanted, tmp
     assert (tmp_path / 'file').read_bytes() == wanted
 
 
+@pytest.mark.slow
 def test_a_result_that_was_cut_off_is_made_again(searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     assert run(*command, preamble=few + kill_at('utils.fit', 5, after=True)).status == -signal.SIGKILL
