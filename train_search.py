@@ -152,13 +152,16 @@ def parse_args() -> argparse.Namespace:
                        'NAO-WS, [10,20,30] for NAO)')
     group.add_argument('--controller_preset', choices=controller.PRESETS, default='paper', help='best: values of these '
                        'flags that find good architectures with fewer evaluations')
-    first = parser.parse_args()
-    method, preset = first.method, controller.PRESETS[first.controller_preset]
-    parser.set_defaults(**METHOD_DEFAULTS[method])
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # --help shows the defaults of these
+    early.add_argument('--method', nargs='?', default='NAO-WS')
+    early.add_argument('--controller_preset', nargs='?', default='paper')
+    first, _ = early.parse_known_args()
+    preset = controller.PRESETS.get(first.controller_preset, PAPER)
+    parser.set_defaults(**METHOD_DEFAULTS.get(first.method, {}))
     if preset != PAPER:
         parser.set_defaults(**{f'controller_{name}': value for name, value in preset._asdict().items()})
     args = parser.parse_args()
-    if method == 'NAO-WS' and args.search_space != 'small':
+    if args.method == 'NAO-WS' and args.search_space != 'small':
         raise utils.UserError('--search_space=large: the weight-sharing network has the operations of the small space; use '
                               '--method=NAO for the large one')
     if args.controller_encoder_hidden_size != args.controller_decoder_hidden_size:

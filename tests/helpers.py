@@ -149,6 +149,11 @@ def run(program: str, *flags: object, **options: Any) -> Result:
     return Program(program, *flags, **options).wait()
 
 
+def torchrun(count: int, program: str, *flags: object, preamble: str = '', **options: Any) -> Program:
+    """Start a program under torchrun, `count` processes; `preamble` runs in each of them before it."""
+    return Program('tests/elastic.py', count, preamble, program, *flags, **options)
+
+
 def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
     """Wait until a condition holds; raises TimeoutError."""
     end = time.monotonic() + timeout
@@ -158,22 +163,23 @@ def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
         time.sleep(0.005)
 
 
-def kill_at(function: str, call: int, after: bool = False) -> str:
+def kill_at(function: str, call: int, after: bool = False, rank: int = 0) -> str:
     """A preamble that kills the program (kill -9) just before or after the given call, from 1, of a function.
 
-    function: such as 'os.replace'; it is replaced where it is defined, so the program must look it up there.
+    function: such as 'os.replace'; it is replaced where it is defined, so the program must look it up there. Of several
+    processes the one of `rank` dies.
     """
     module, name = function.rsplit('.', 1)
     return f"""
 import importlib, os, signal
 module = importlib.import_module({module!r})
-real, calls = getattr(module, {name!r}), []
+real, calls, mine = getattr(module, {name!r}), [], os.environ.get('RANK', '0') == '{rank}'
 def deadly(*args, **kwargs):
     calls.append(None)
-    if len(calls) == {call} and not {after}:
+    if mine and len(calls) == {call} and not {after}:
         os.kill(os.getpid(), signal.SIGKILL)
     result = real(*args, **kwargs)
-    if len(calls) == {call}:
+    if mine and len(calls) == {call}:
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 setattr(module, {name!r}, deadly)

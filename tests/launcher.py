@@ -16,6 +16,7 @@ import traceback
 import numpy  # noqa: F401  the imports are what makes the programs start quickly
 import torch  # noqa: F401
 import torchvision  # noqa: F401
+from torch.distributed.launcher import api  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode  # noqa: F401
 
 

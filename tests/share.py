@@ -1,0 +1,79 @@
+"""What test_processes.py runs in one process and in several: a step of training, evaluation, scoring of a pool.
+
+python share.py OUTPUT: writes to OUTPUT, for each batch size, the gradients of a fixed network and of the supernet on one
+batch of all processes together; the values of an evaluation; the accuracies of a pool. All in double precision.
+"""
+
+import argparse
+import sys
+
+import torch
+from helpers import assert_equal, fill
+
+import architecture
+import datasets
+import train_search
+import utils
+from model import NASNetworkCIFAR
+from model_search import NASWSNetworkCIFAR, WSBatchNorm
+
+BATCH_SIZES = (12, 13)
+
+
+def freeze(model):
+    """Weights from their names; batch-norm with fixed statistics, as each process would gather its own."""
+    fill(model)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d | WSBatchNorm):
+            module.eval()
+
+
+def one_step(run, model, forward, data, batch_size):
+    """The gradients of one step of the training loop, None where there are none, and its values."""
+    model.zero_grad()
+    batches = datasets.TrainBatches(data, batch_size, torch.Generator().manual_seed(1), 4, run.rank, run.world)
+    values, step = utils.train_epoch(run, forward, torch.optim.SGD(model.parameters()), batches, title='', lr=0.0, step=0,
+                                     clock=utils.Clock(0, 1), grad_bound=1e9, label_smooth=0.1, max_steps=1)
+    assert step == 1
+    del values['images_per_second']
+    gradients = {name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in
+                 model.named_parameters()}
+    return {'gradients': gradients, 'values': values}
+
+
+def compute():
+    """Everything, as a dict."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    run = utils.Run(argparse.Namespace(device='cpu', output_dir='nowhere', seed=0, tf32=False, amp='off'))
+    data = datasets.load('digits', '', False, run.device).select(range(27))
+    arch, other, *pool = architecture.sample(7, 2, range(5), torch.Generator().manual_seed(3))
+    result = {'world': run.world}
+    fixed = run.place(NASNetworkCIFAR(10, 1, 2, 2, 1.0, 1.0, True, 10, arch))
+    supernet = run.place(NASWSNetworkCIFAR(10, 1, 2, 2, 1.0, 1.0, True, 10))
+    freeze(fixed)
+    freeze(supernet)
+    fixed_parallel, supernet_parallel = run.parallel(fixed), run.parallel(supernet, shares_weights=True)
+    for batch_size in BATCH_SIZES:
+        result[f'fixed {batch_size}'] = one_step(run, fixed, fixed_parallel, data, batch_size)
+        for name, path in (('supernet', arch), ('other', other)):  # one after the other: paths differ
+            result[f'{name} {batch_size}'] = one_step(
+                run, supernet, lambda images, step, path=path: supernet_parallel(images, path, step), data, batch_size)
+        values = utils.evaluate(run, fixed, datasets.EvalBatches(data, batch_size, run.rank, run.world))
+        fixed.train()
+        freeze(fixed)
+        del values['images_per_second']
+        result[f'evaluation {batch_size}'] = values
+    images, labels = datasets.EvalBatches(data, 100).batch(torch.arange(20))
+    result['scores'] = train_search.score_pool(run, supernet, pool, images, labels)
+    every = run.gather(result)
+    for values in every:
+        assert_equal(values, every[0])  # all processes have the same
+    return result
+
+
+if __name__ == '__main__':
+    found = compute()
+    if int(utils.os.environ['RANK']) == 0:
+        torch.save(found, sys.argv[1])
