@@ -15,6 +15,8 @@ ranked. A search is a sequence of phases, and the checkpoint says which comes ne
 
 import argparse
 import contextlib
+import copy
+import datetime
 import json
 import math
 import os
@@ -488,6 +490,33 @@ class Search:
         return values['top1'] / 100
 
 
+    def seconds_of_step(self, network: torch.nn.Module, batch_size: int, *extras: Any) -> float:
+        """Seconds of a training step on a copy of a network; `extras` go to it after the images."""
+        network = copy.deepcopy(network).train()
+        images = torch.zeros(batch_size, 3, *[self.task.valid_batches(self.run).size] * 2, device=self.run.device)
+
+        def step() -> None:
+            with self.run.autocast():
+                loss = network(images, *extras, 0)[0].sum()
+            loss.backward()
+        return utils.seconds_of(self.run, step)
+
+    def log_cost(self, parts: list[tuple[str, float, int]]) -> None:
+        """Log the formula of the search's cost, of (what, seconds of one, how many) parts, and its estimate."""
+        batch = self.tokens(self.pool[:self.settings.batch_size])
+        nao = copy.deepcopy(self.naos[0])
+
+        def fit_step() -> None:
+            prediction, log_probs = nao.reconstruct(batch)
+            (prediction.sum() + log_probs.sum()).backward()
+        per_fit = self.settings.members * self.settings.epochs * math.ceil(len(self.pool) / self.settings.batch_size)
+        parts = [*parts, (f'{self.rounds()} fits of {per_fit} steps', utils.seconds_of(self.run, fit_step),
+                          per_fit * self.rounds())]
+        total = sum(seconds * count for _, seconds, count in parts)
+        terms = ' + '.join(f'{what} ({seconds:.3g} s each)' for what, seconds, _ in parts)
+        self.run.log(f'cost, measured at the start: {terms}: about {datetime.timedelta(seconds=round(total))} in all')
+
+
 class WeightSharingSearch(Search):
     """NAO-WS: a supernet trains on architectures of the pool, which it then scores."""
 
@@ -528,14 +557,29 @@ class WeightSharingSearch(Search):
 
     def log_start(self) -> None:
         """Log sizes and arguments."""
-        image_size = self.task.valid_batches(self.run).size
+        args, image_size = self.args, self.task.valid_batches(self.run).size
         self.run.log_start(self.supernet, utils.count_madds(self.supernet, image_size, self.pool[0]))
+        scored, steps = copy.deepcopy(self.supernet).eval(), len(self.batches)
+        images = torch.zeros(args.child_eval_batch_size, 3, image_size, image_size, device=self.run.device)
+        labels = torch.zeros(args.child_eval_batch_size, device=self.run.device)
+        score = utils.seconds_of(self.run, lambda: score_pool(self.run.alone(), scored, self.pool[:1], images, labels))
+        step = self.seconds_of_step(self.supernet, args.child_batch_size, self.pool[0])
+        ranked = min(args.child_rank_count, len(self.pool)) * self.task.rank_options['epochs']
+        rank_steps = self.task.rank_options.get('max_steps', steps)
+        self.log_cost([
+            (f'{args.child_epochs} epochs of {steps} steps', step, args.child_epochs * steps),
+            (f'{self.rounds() + 1} scorings of {len(self.pool)} architectures', score, (self.rounds() + 1) * len(self.pool)),
+            (f'{ranked} epochs of {rank_steps} steps of the best', step, ranked * rank_steps)])
 
     def search(self) -> None:
         """Run phase after phase to the end."""
         self.parallel = self.run.parallel(self.supernet, shares_weights=True)
         self.clock = utils.Clock(self.step, self.args.child_epochs * len(self.batches))
         super().search()
+
+    def rounds(self) -> int:
+        """How often the controller is fitted."""
+        return sum(self.is_scored(epoch) for epoch in range(1, self.args.child_epochs))
 
     def is_scored(self, epoch: int) -> bool:
         """Whether the pool is scored after so many epochs."""
@@ -603,6 +647,17 @@ class CompleteSearch(Search):
         network = self.run.place(task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels, 1.0, 1.0,
                                               False, 1, self.pool[0]))
         self.run.log_start(network, utils.count_madds(network, task.valid_batches(self.run).size))
+        candidates, steps = len(self.pool) + args.rounds * args.controller_new_arch, len(task.train_batches(self.run))
+        ranked = min(args.child_rank_count, len(self.pool)) * task.rank_options['epochs']
+        step = self.seconds_of_step(network, args.child_batch_size) / self.run.world
+        self.log_cost([
+            (f'up to {candidates} candidates of {args.child_epochs} epochs of {steps} steps', step,
+             candidates * args.child_epochs * steps),
+            (f'{ranked} epochs of {steps} steps of the best', step, ranked * steps)])
+
+    def rounds(self) -> int:
+        """How often the controller is fitted."""
+        return self.args.rounds
 
     def evaluate(self) -> None:
         """Train the candidates that have no result yet, and sort all results."""

@@ -541,6 +541,17 @@ def count_madds(model: nn.Module, image_size: int, *extras: Any) -> int:
     return counter.get_total_flops() // 2 - sum(zeros)
 
 
+def seconds_of(run: Run, function: Callable[[], Any]) -> float:
+    """Seconds that a call takes once it has been warmed up; the default random generators are left as they were."""
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == 'cuda' else []):
+        for _ in range(2):
+            start = time.perf_counter()
+            function()
+            if run.device.type == 'cuda':
+                torch.cuda.synchronize(run.device)
+    return time.perf_counter() - start
+
+
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(run: Run, state: dict[str, Any], *paths: Path) -> None:
