@@ -213,6 +213,27 @@ controller.fit = fit
                 assert sum(node != swapped for node, swapped in zip(nodes, others, strict=True)) <= 1
 
 
+def test_the_best_preset_sets_its_flags_and_others_win_over_it(few, tmp_path):
+    flags = ['--controller_preset=best', '--controller_epochs=5', '--controller_later_updates=5', '--controller_candidates=20',
+             '--child_rank_count=0', f'--output_dir={tmp_path}']
+    first = run(PROGRAM, *FLAGS, *flags, preamble=few)
+    assert first.status == 0, first
+    for flag in ('members=4', 'targets=ranks', 'loss=cross_entropy', 'unlabelled=25', 'epochs=5', 'candidates=20'):
+        assert f'--controller_{flag} ' in f'{first.out} ', flag
+    assert len(load(tmp_path / 'checkpoint.pt')['controller']) == 4
+    new = next(line for line in metrics(tmp_path) if line['kind'] == 'new')
+    assert new['new'] > 0
+    other = run(PROGRAM, *FLAGS, *flags[1:], preamble=few)  # other controllers than those in the checkpoint
+    assert other.status == 2 and '--controller_preset' in other.err, other
+
+
+@pytest.mark.parametrize('value', ['5', '[]', '[0]', '[1,"x"]', 'x'])
+def test_step_sizes_of_the_ascent_are_a_list_of_numbers(value, few, tmp_path):
+    result = run(PROGRAM, *FLAGS, f'--controller_lambdas={value}', f'--output_dir={tmp_path / "out"}', preamble=few)
+    assert result.status == 2 and '--controller_lambdas' in result.err and '[10,20,30]' in result.err, result
+    assert not (tmp_path / 'out').exists()
+
+
 def test_a_search_starts_from_a_given_pool(few, tmp_path):
     pool = [str(arch) for arch in sample(12, 2, SMALL, torch.Generator().manual_seed(99))]
     (tmp_path / 'my pool').write_text('\n'.join(pool) + '\n')
