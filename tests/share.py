@@ -29,16 +29,24 @@ def freeze(model):
             module.eval()
 
 
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients of its last step."""
+
+    def step(self):
+        self.seen = {id(parameter): parameter.grad.clone() for group in self.param_groups for parameter in group['params']
+                     if parameter.grad is not None}
+
+
 def one_step(run, model, forward, data, batch_size):
     """The gradients of one step of the training loop, None where there are none, and its values."""
     model.zero_grad()
     batches = datasets.TrainBatches(data, batch_size, torch.Generator().manual_seed(1), 4, run.rank, run.world)
-    values, step = utils.train_epoch(run, forward, torch.optim.SGD(model.parameters()), batches, title='', lr=0.0, step=0,
+    optimizer = Recorder(model.parameters())
+    values, step = utils.train_epoch(run, forward, optimizer, batches, title='', lr=0.0, step=0,
                                      clock=utils.Clock(0, 1), grad_bound=1e9, label_smooth=0.1, max_steps=1)
     assert step == 1
     del values['images_per_second']
-    gradients = {name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in
-                 model.named_parameters()}
+    gradients = {name: optimizer.seen.get(id(parameter)) for name, parameter in model.named_parameters()}
     return {'gradients': gradients, 'values': values}
 
 
