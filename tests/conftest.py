@@ -1,7 +1,12 @@
+import contextlib
+import signal
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+with contextlib.suppress(ValueError):  # started in the background by a shell, we would hand down a Ctrl-C that is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 settings.register_profile('suite', deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('suite')
