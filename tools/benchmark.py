@@ -35,8 +35,6 @@ from model import NASNetworkCIFAR
 from model_search import NASWSNetworkCIFAR
 from train_search import score_pool
 
-NAONET_A = '0 7 1 15 2 8 1 7 0 6 1 7 0 8 4 7 1 5 0 7 0 7 1 13 0 6 0 14 0 9 1 10 0 14 2 6 1 11 0 7'
-NAONET_B = '0 1 0 2 0 1 2 2 1 3 0 2 4 0 1 3 2 1 0 3 1 1 1 0 2 1 2 4 1 0 2 3 3 1 2 2 0 2 0 2'
 VOCABULARY = architecture.vocabulary(5, 'small')
 GLIBC_TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184'
 SAMPLED = 12  # random architectures that a supernet's row is the mean of
@@ -91,11 +89,11 @@ def training_step(run: utils.Run, model: torch.nn.Module, batch: int) -> Callabl
     return step
 
 
-def naonet_step(arch: str) -> Callable[[int], tuple[float, float]]:
+def naonet_step(name: str) -> Callable[[int], tuple[float, float]]:
     """The row of a found architecture's training step: 36 channels, batch 32."""
     def row(repeats: int) -> tuple[float, float]:
         run = make_run()
-        model = run.place(NASNetworkCIFAR(10, 6, 5, 36, 0.6, 0.8, True, 1000, arch))
+        model = run.place(NASNetworkCIFAR(10, 6, 5, 36, 0.6, 0.8, True, 1000, architecture.PUBLISHED[name]))
         seconds = seconds_of(training_step(run, model, 32), repeats)
         return seconds, 32 / seconds
     return row
@@ -190,7 +188,7 @@ def cifar_batches(repeats: int) -> tuple[float, float, float]:
 
 
 ROWS: dict[str, Callable[[int], tuple]] = {
-    'naonet_a_36_step': naonet_step(NAONET_A), 'naonet_b_36_step': naonet_step(NAONET_B), 'supernet_step': supernet_step,
+    'naonet_a_36_step': naonet_step('NAONet_A'), 'naonet_b_36_step': naonet_step('NAONet_B'), 'supernet_step': supernet_step,
     'score': score, 'controller_epoch': controller_epoch, 'new_architectures': new_architectures,
     'cifar_batches': cifar_batches,
 }
