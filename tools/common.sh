@@ -18,12 +18,13 @@ install() {
   touch "$stamp"
 }
 
-# python: the interpreter of an active environment, else that of .venv, else the system's.
+# python: the interpreter of an active virtual environment, else that of .venv, else of conda, else the system's.
 python() {
   local interpreter=${PYTHON:-}
   if [ -z "$interpreter" ]; then
-    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then interpreter=$(type -P python)
+    if [ -n "${VIRTUAL_ENV:-}" ]; then interpreter=$(type -P python)
     elif [ -x "$root/.venv/bin/python" ]; then interpreter=$root/.venv/bin/python
+    elif [ -n "${CONDA_PREFIX:-}" ]; then interpreter=$(type -P python)
     else interpreter=python3; fi
   fi
   "$interpreter" "$@"
