@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--method', choices=METHODS, default='NAO-WS', help='NAO-WS: with weight sharing; NAO: every candidate '
                         'is trained on its own')
     parser.add_argument('--search_space', choices=architecture.SEARCH_SPACES,
-                        help='operations to choose from (default: small for NAO-WS, large for NAO)')
+                        help='operations to choose from: small for NAO-WS, large for NAO')
     parser.add_argument('--rounds', type=utils.POSITIVE_INT, default=3, help='NAO: rounds of new candidates after the first')
     group = parser.add_argument_group('images')
     group.add_argument('--dataset', choices=[*datasets.SOURCES, 'imagenet'], default='cifar10',
