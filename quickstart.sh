@@ -6,7 +6,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-exp/quickstart}
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
 install requirements.txt
-unset PYTHON VIRTUAL_ENV  # what was installed is in .venv
+unset VIRTUAL_ENV  # what was installed is in .venv
 
 base=$OUTPUT_DIR
 OUTPUT_DIR=$base/search
