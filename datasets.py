@@ -493,16 +493,19 @@ class FileBatches:
                 yield images, labels
 
 
-def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, processes: int = 1,
-               show: bool = True) -> tuple[ImageFiles, ImageFiles, list[str]]:
+def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, processes: int = 1, show: bool = True,
+               validates: bool = True) -> tuple[ImageFiles, ImageFiles, list[str]]:
     """The training and the validation images below `root`, and the names of the classes. Raises DataError.
 
-    zipped: read train.zip and valid.zip; lazy: do not hold the files in memory; processes: how many on this machine do.
+    zipped: read train.zip and valid.zip; lazy: do not hold the files in memory; processes: how many on this machine do;
+    validates: False takes the training images for the validation too, and looks for no others.
     """
-    train, valid = (find_images(Path(root), part, zipped) for part in ('train', 'valid'))
+    train = find_images(Path(root), 'train', zipped)
     classes = sorted({name for _, name in train[1]})
-    sets = (ImageFiles(*train, classes, TRAIN_TRANSFORM, seed), ImageFiles(*valid, classes, EVAL_TRANSFORM, seed))
+    sets = [ImageFiles(*train, classes, TRAIN_TRANSFORM, seed)]
+    if validates:
+        sets.append(ImageFiles(*find_images(Path(root), 'valid', zipped), classes, EVAL_TRANSFORM, seed))
     for files in sets:
         if not lazy:
             files.hold(processes, show)
-    return *sets, classes
+    return sets[0], sets[1] if validates else sets[0].evaluated(), classes

@@ -9,7 +9,6 @@
 """
 
 import argparse
-import os
 import sys
 from functools import partial
 
@@ -45,9 +44,8 @@ def main() -> None:
     if args.mode == 'train' and run.is_first and abs(args.lr / (LR_PER_IMAGE * args.batch_size) - 1) > 0.01:
         print(f'warning: --lr={args.lr:g} with --batch_size={args.batch_size}: the published results keep 0.1 per 128 images, '
               f'which is --lr={LR_PER_IMAGE * args.batch_size:g}', file=sys.stderr, flush=True)
-    local_world = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     train_files, valid_files, classes = datasets.open_files(
-        args.data, args.zip_file, args.lazy_load or args.mode == 'test', args.seed, local_world, run.is_first)
+        args.data, args.zip_file, args.lazy_load or args.mode == 'test', args.seed, utils.processes_here(), run.is_first)
     valid_batches = datasets.FileBatches(valid_files, args.eval_batch_size, run.device, args.workers, rank=run.rank,
                                          world=run.world)
 

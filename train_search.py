@@ -224,12 +224,10 @@ def open_small_images(args: argparse.Namespace, run: utils.Run) -> Task:
 
 def open_imagenet(args: argparse.Namespace, run: utils.Run) -> Task:
     """ImageNet or another folder of images: a random 90 % of the training images train, the rest validates."""
-    local_world = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    train_files, _, classes = datasets.open_files(args.data, args.zip_file, args.lazy_load, args.seed, local_world,
-                                                  run.is_first)
+    train_files, valid_files, classes = datasets.open_files(args.data, args.zip_file, args.lazy_load, args.seed,
+                                                            utils.processes_here(), run.is_first, validates=False)
     order = torch.randperm(len(train_files), generator=torch.Generator().manual_seed(args.seed))
     split = int(TRAIN_SHARE * len(order))
-    valid_files = train_files.evaluated()
 
     def train_batches(run: utils.Run) -> Iterable:
         return datasets.FileBatches(train_files, args.child_batch_size, run.device, args.workers, order[:split],

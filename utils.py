@@ -17,6 +17,7 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -40,6 +41,8 @@ from operations import FactorizedReduce
 
 LOG_EVERY = 100  # steps between two log lines
 LIVE_EVERY = 2  # seconds between two looks at a running loss, which wait for the device; only on a terminal
+LIFE_EVERY = 10  # seconds between two signs of life of a process that shares a queue with others
+LIFE_LIMIT = 600  # seconds without one after which it is given up, as collective operations do
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
 NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'), np.dtype,
                 type(np.dtype(np.float64)), type(np.dtype(np.float32))]  # what a pickled one, such as an accuracy, needs
@@ -51,6 +54,10 @@ class UserError(Exception):
 
 class NotFiniteError(Exception):
     """A training loss is infinite or not a number."""
+
+
+class LostProcessError(Exception):
+    """Another process of the run does not answer any more."""
 
 
 # ----------------------------------------------------------------------------------------------------- flags and errors
@@ -146,7 +153,7 @@ def run_program(main: Callable[[], None]) -> None:
         main()
     except (UserError, DataError) as error:
         status, line = 2, f'{program}: error: {error}'
-    except NotFiniteError as error:
+    except (NotFiniteError, LostProcessError) as error:
         status, line = 1, f'{program}: stopped: {error}'
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -216,6 +223,21 @@ def default_generator(device: torch.device) -> torch.Generator | None:
         torch.cuda.init()
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     return torch.default_generator if device.type == 'cpu' else None
+
+
+def processes_here() -> int:
+    """How many processes of the run share this machine."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+
+class EvenDataParallel(DataParallel):
+    """DataParallel that leaves a GPU out where the last one would get a single image, on which batch-norm cannot train."""
+
+    def scatter(self, inputs: tuple, kwargs: dict[str, Any] | None, device_ids: list[int]) -> Any:
+        """The inputs, of which the first is the images (batch, ...), in a part for each GPU."""
+        batch = len(inputs[0])
+        used = next(count for count in range(len(device_ids), 0, -1) if (batch - 1) % math.ceil(batch / count) or count == 1)
+        return super().scatter(inputs, kwargs, device_ids[:used])
 
 
 class LiveLine:
@@ -362,10 +384,46 @@ class Run:
         if self.world == 1:
             yield from range(count)
             return
-        while (index := self.store.add(f'{name} taken', 1) - 1) < count:
-            yield index
-        self.store.add(f'{name} finished', 1)
-        while self.store.add(f'{name} finished', 0) < self.world:  # a collective would time out on a long training
+        with self.signs_of_life(name):
+            while (index := self.store.add(f'{name} taken', 1) - 1) < count:
+                yield index
+            self.store.add(f'{name} finished', 1)
+            self.wait_for_all(name)
+
+    @contextlib.contextmanager
+    def signs_of_life(self, name: str) -> Iterator[None]:
+        """While the body runs, count up in the store, so that others see that this process is there."""
+        over = threading.Event()
+
+        def count_up() -> None:
+            with contextlib.suppress(RuntimeError):  # the store is gone: the main thread will hear of it
+                while not over.wait(LIFE_EVERY):
+                    self.store.add(f'{name} life {self.rank}', 1)
+        thread = threading.Thread(target=count_up, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def wait_for_all(self, name: str) -> None:
+        """Wait until all processes have finished a queue, which may take hours: a collective operation would time out.
+
+        Raises LostProcessError when one shows no life any more: its machine vanished, or it hangs.
+        """
+        counts, changed, look = [-1] * self.world, [0.0] * self.world, 0.0
+        while self.store.add(f'{name} finished', 0) < self.world:
+            now = time.monotonic()
+            if now >= look:
+                look = now + LIFE_EVERY
+                for rank in range(self.world):
+                    count = self.store.add(f'{name} life {rank}', 0)
+                    if count != counts[rank]:
+                        counts[rank], changed[rank] = count, now
+                    elif now - changed[rank] > LIFE_LIMIT:
+                        raise LostProcessError(f'process {rank} has not answered for {LIFE_LIMIT} s; the same command goes on '
+                                               'with what is done')
             time.sleep(0.2)
 
     def gather(self, value: Any) -> list[Any]:
@@ -500,7 +558,7 @@ class Run:
                                            find_unused_parameters=shares_weights, **{sync: False})
         one_device = self.independent or shares_weights or self.args.device is not None
         if self.device.type == 'cuda' and torch.cuda.device_count() > 1 and not one_device:
-            return DataParallel(model)
+            return EvenDataParallel(model)
         return model
 
     def environment(self) -> str:
@@ -808,10 +866,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 def add_file_arguments(parser: Parser) -> None:
     """The flags of reading images from files."""
     group = parser.add_argument_group('image files')
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     group.add_argument('--zip_file', action='store_true', help='read train.zip and valid.zip instead of folders')
     group.add_argument('--lazy_load', action='store_true', help='read images when they are needed, not into memory first')
-    group.add_argument('--workers', type=COUNT, default=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
-                       else os.cpu_count(), help='processes that decode images')
+    group.add_argument('--workers', type=COUNT, default=max(1, cores // processes_here()), help='processes that decode '
+                       'images; by default the cores, which the processes of a machine share')
 
 
 def add_network_arguments(parser: Parser, layers: int, channels: int, keep_prob: float, drop_path: float) -> None:

@@ -133,10 +133,14 @@ class Program:
         """Send a signal to the program."""
         os.kill(self.pid, number)
 
+    def workers(self) -> list[int]:
+        """The processes that it has started, in order: under torchrun those of the ranks are the last ones."""
+        return list(map(int, Path(f'/proc/{self.pid}/task/{self.pid}/children').read_text().split()))
+
     def wait_for(self, text: str, timeout: float = TIMEOUT) -> None:
-        """Wait until the program has printed `text`."""
+        """Wait until the program has printed `text`, on stdout or stderr."""
         def printed() -> bool:
-            return self.output.exists() and text in self.output.read_text()
+            return any(path.exists() and text in path.read_text() for path in (self.output, self.errors))
         try:
             wait_until(printed, timeout)
         except TimeoutError:
@@ -163,11 +167,11 @@ def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
         time.sleep(0.005)
 
 
-def kill_at(function: str, call: int, after: bool = False, rank: int = 0) -> str:
+def kill_at(function: str, call: int, after: bool = False, rank: int = 0, by: str = 'SIGKILL') -> str:
     """A preamble that kills the program (kill -9) just before or after the given call, from 1, of a function.
 
     function: such as 'os.replace'; it is replaced where it is defined, so the program must look it up there. Of several
-    processes the one of `rank` dies.
+    processes the one of `rank` dies. by: another signal, such as SIGSTOP, after which the process only seems dead.
     """
     module, name = function.rsplit('.', 1)
     return f"""
@@ -177,10 +181,10 @@ real, calls, mine = getattr(module, {name!r}), [], os.environ.get('RANK', '0') =
 def deadly(*args, **kwargs):
     calls.append(None)
     if mine and len(calls) == {call} and not {after}:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.{by})
     result = real(*args, **kwargs)
     if mine and len(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.{by})
     return result
 setattr(module, {name!r}, deadly)
 """

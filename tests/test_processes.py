@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import share
@@ -30,6 +29,7 @@ from test_scripts import script
 from torch import nn
 
 import utils
+from model import NASNetworkCIFAR
 
 CIFAR = ['--dataset=digits', '--device=cpu', '--nodes=1', '--layers=1', '--channels=2', f'--fixed_arc={TINY}',
          '--batch_size=16', '--eval_batch_size=7', '--lr_max=0.1', '--drop_path_keep_prob=0.7', '--keep_prob=0.8',
@@ -148,8 +148,7 @@ def test_when_a_process_dies_the_run_ends_and_the_same_command_ends_bit_identica
 def test_a_process_killed_from_outside_ends_the_run(few, tmp_path):
     program = torchrun(2, 'train_cifar.py', *CIFAR, '--epochs=100000', f'--output_dir={tmp_path / "out"}', preamble=few)
     program.wait_for('epoch 2/')
-    workers = Path(f'/proc/{program.pid}/task/{program.pid}/children').read_text().split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(program.workers()[-1], signal.SIGKILL)
     result = program.wait(60)
     assert result.status != 0
     assert load(tmp_path / 'out' / 'checkpoint.pt')['epoch'] >= 1
@@ -218,7 +217,7 @@ def test_found_architectures_train_on_all_visible_gpus(gpus, device, shares_weig
     run.args.device, run.device = device, torch.device('cuda:0')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
     wrapped = []
-    monkeypatch.setattr(utils, 'DataParallel', lambda model: wrapped.append(model) or model)
+    monkeypatch.setattr(utils, 'EvenDataParallel', lambda model: wrapped.append(model) or model)
     run = run.alone() if independent else run
     model = nn.Linear(2, 2)
     assert run.parallel(model, shares_weights) is model and wrapped == [model] * wanted
@@ -236,6 +235,55 @@ utils.Run.parallel = lambda self, model, shares_weights=False: torch.nn.DataPara
     one, several = (load(tmp_path / name / 'checkpoint.pt') for name in ('one', 'several'))
     assert list(one['model']) == list(several['model'])
     assert_equal(one['model'], several['model'])
+
+
+class OnTheCPU(utils.EvenDataParallel):
+    """As on `gpus` GPUs, but each part is computed on the CPU, by the network itself."""
+
+    def __init__(self, model, gpus):
+        super().__init__(model)
+        self.dim, self.device_ids, self.src_device_obj, self.output_device = 0, list(range(gpus)), torch.device('cpu'), 0
+
+    def replicate(self, module, device_ids):
+        return [module] * len(device_ids)
+
+    def parallel_apply(self, replicas, inputs, kwargs):
+        return [replica(*each, **more) for replica, each, more in zip(replicas, inputs, kwargs, strict=True)]
+
+    def gather(self, outputs, device):
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+
+def scatter_on_the_cpu(inputs, kwargs, devices, dim):
+    """As PyTorch's, which cuts with torch.chunk too."""
+    images, *others = inputs
+    parts = [(part, *others) for part in images.chunk(len(devices), dim)]
+    return parts, [kwargs or {}] * len(parts)
+
+
+@pytest.mark.parametrize('gpus', [2, 3, 4, 8])
+def test_no_gpu_gets_a_single_image_of_a_batch(gpus, tmp_path, monkeypatch):
+    """The auxiliary head's batch-norm refuses it: PyTorch's own DataParallel fails with 5 images on 4 GPUs."""
+    monkeypatch.setattr(sys.modules['torch.nn.parallel.data_parallel'], 'scatter_kwargs', scatter_on_the_cpu)
+    model = a_run(tmp_path, device='cpu').place(NASNetworkCIFAR(10, 1, 1, 4, 1.0, 1.0, True, 10, TINY)).train()
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    for batch in range(2, 20):
+        logits, aux_logits = OnTheCPU(model, gpus)(torch.randn(batch, 3, 32, 32), 0)
+        assert logits.shape == aux_logits.shape == (batch, 10)
+        assert sum(seen) == batch and min(seen) >= 2 and len(seen) <= gpus
+        seen.clear()
+    OnTheCPU(model, gpus)(torch.randn(16 * gpus, 3, 32, 32), 0)
+    assert seen == [16] * gpus
+
+
+def test_the_workers_share_the_cores_of_a_machine(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    for processes, wanted in (('1', cores), (str(cores), 1), (str(4 * cores), 1)):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+        parser = utils.Parser('')
+        utils.add_file_arguments(parser)
+        assert parser.parse_args([]).workers == wanted
 
 
 def test_cuda_without_a_number_is_a_gpu_for_each_process(monkeypatch):

@@ -24,7 +24,7 @@ TRAINING = {  # script: (output directory, flags that the published setting has)
         'use_aux_head': 'True', 'epochs': '600', 'layers': '6'}),
 }
 SEARCH = 'train_search_NAO-WS_cifar10.sh'
-TINY_TRAINING = ['--dataset=digits', '--device=cpu', '--channels=2', '--layers=1', '--epochs=1', '--batch_size=500',
+TINY_TRAINING = ['--dataset=digits', '--device=cpu', '--channels=4', '--layers=1', '--epochs=1', '--batch_size=500',
                  '--drop_path_keep_prob=1']
 TINY_SEARCH = ['--dataset=digits', '--device=cpu', '--child_channels=2', '--child_layers=1', '--child_nodes=1',
                '--child_epochs=1', '--child_batch_size=500', '--child_eval_batch_size=20', '--controller_seed_arch=5',
@@ -68,7 +68,7 @@ def test_a_training_script_trains_from_any_directory(trained):
     assert files(folder / output_dir) == ['checkpoint.pt', 'checkpoint_best.pt', 'metrics.jsonl', 'train.log']
     state = load(folder / output_dir / 'checkpoint.pt')
     assert any(key.startswith('auxiliary_head') for key in state['model'])
-    assert state['args']['channels'] == 2  # flags of the user come after the script's own
+    assert state['args']['channels'] == 4  # flags of the user come after the script's own
 
 
 @pytest.mark.parametrize('trained', ['train_NAONet_B_36_cifar10.sh'], indirect=True)
@@ -114,6 +114,12 @@ def test_variables_override_what_a_script_starts_with_and_flags_pass_through(nam
     assert (tmp_path / 'my output' / 'train.log').read_text() == result.stdout
     other = script(name, cwd=tmp_path, MODEL='mine', PYTHON=str(tmp_path / 'bin' / 'python'))
     assert 'argument: --output_dir=exp/mine\n' in other.stdout and (tmp_path / 'exp' / 'mine' / 'train.log').exists()
+
+
+@pytest.mark.parametrize('name', ['train_NAONet_A_imagenet.sh', SEARCH])
+def test_help_leaves_nothing(name, tmp_path):
+    result = script(name, '--help', cwd=tmp_path)
+    assert result.returncode == 0 and '--output_dir' in result.stdout and files(tmp_path) == []
 
 
 def test_the_search_script_searches_and_its_result_goes_into_a_training_script(tmp_path):

@@ -324,7 +324,7 @@ def refuse(*args, **kwargs):
     raise OSError('Network is unreachable')
 socket.getaddrinfo = socket.socket.connect = refuse
 """
-    flags = ['--device=cpu', f'--fixed_arc={NAONET_A}', '--channels=2', '--output_dir=out']
+    flags = ['--device=cpu', f'--fixed_arc={NAONET_A}', '--channels=4', '--output_dir=out']
     for dataset, folder in (('cifar10', 'cifar-10-batches-py'), ('cifar100', 'cifar-100-python')):
         result = run(PROGRAM, *flags, f'--dataset={dataset}', '--data=no/where', cwd=tmp_path, preamble=offline)
         assert_user_error(result, '--data=no/where', f'no/where/{folder}', '--dataset=digits')

@@ -1,6 +1,7 @@
 """Search by NAO, the complete way, in one process and in several: every candidate is trained on its own, and once."""
 
 import json
+import os
 import re
 import signal
 
@@ -68,7 +69,7 @@ def assert_same_search(folder, other):
     assert one == two
     one, two = load(folder / 'checkpoint.pt'), load(other / 'checkpoint.pt')
     for state in (one, two):
-        del state['args']['output_dir'], state['metrics_bytes']
+        del state['args']['output_dir'], state['args']['workers'], state['metrics_bytes']
         state['random'] = state['random'][0]
         state.pop('environment', None)  # says how many processes
     assert_equal(one, two)
@@ -159,6 +160,37 @@ def test_when_a_process_dies_only_its_candidate_is_trained_again(searched, few, 
     assert_same_search(searched[0], tmp_path)
     after = results(tmp_path)
     assert all(after[key] == value for key, value in before.items())
+
+
+def test_a_process_that_vanishes_without_a_word_is_given_up(searched, few, tmp_path):
+    """The second one stops answering at its third training, as when its machine is cut off; what is done is kept."""
+    command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
+    soon = 'import utils\nutils.LIFE_EVERY, utils.LIFE_LIMIT = 0.2, 3\n'
+    program = torchrun(2, *command, preamble=few + soon + kill_at('utils.fit', 3, rank=1, by='SIGSTOP'))
+    program.wait_for('stopped: process 1 has not answered for 3 s; the same command goes on')
+    os.kill(program.workers()[-1], signal.SIGKILL)  # or torchrun gives it another half a minute
+    assert program.wait().status != 0
+    before = results(tmp_path)
+    assert len(before) >= 11 and len(lines(tmp_path, 'results.1.jsonl')) == 2
+    assert run(*command, preamble=few).status == 0
+    assert_same_search(searched[0], tmp_path)
+
+
+def test_a_process_that_trains_for_long_is_waited_for(few, tmp_path):
+    """Longer than a process may stay silent: the thread that shows its life goes on."""
+    slow = few + """
+import os, time, utils
+utils.LIFE_EVERY, utils.LIFE_LIMIT = 0.2, 2
+real = utils.fit
+def fit(*args, **kwargs):
+    if os.environ['RANK'] == '1':
+        time.sleep(5)
+    return real(*args, **kwargs)
+utils.fit = fit
+"""
+    result = torchrun(2, PROGRAM, *FLAGS, '--rounds=1', '--child_epochs=1', '--child_rank_count=0', '--controller_seed_arch=4',
+                      '--controller_new_arch=1', f'--output_dir={tmp_path}', preamble=slow).wait()
+    assert result.status == 0 and lines(tmp_path, 'results.1.jsonl'), result
 
 
 # -------------------------------------------------------------------------------------------------------------- resuming
@@ -314,13 +346,12 @@ def test_a_search_of_one_method_does_not_take_the_others_checkpoint(searched, fe
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp('images')
     write_images(folder / 'train', {f'n{number}': 10 for number in range(4)})
-    write_images(folder / 'valid', {'n0': 1})
     return folder
 
 
 @pytest.mark.parametrize('method, workers', [('NAO-WS', 0), ('NAO', 1)])
 def test_a_search_on_a_folder_of_images(method, workers, images, tmp_path):
-    """36 images train, 4 validate."""
+    """36 images of train/ train, 4 validate; valid/ is not asked for."""
     flags = ['--dataset=imagenet', f'--method={method}', f'--data={images}', f'--workers={workers}', *SIZES,
              '--child_epochs=2', '--child_eval_epochs=1', '--child_rank_count=0', '--child_batch_size=18', '--rounds=1',
              '--child_eval_batch_size=4', '--controller_seed_arch=4', '--controller_new_arch=2', '--child_lr=0.05']

@@ -48,6 +48,10 @@ launch() {
 run() {
   local program=$1 made=() directory=$OUTPUT_DIR log=$OUTPUT_DIR/train.log new status=0
   shift
+  case " $* " in *' --help '* | *' -h '*)
+    launch "$root/$program" "$@"
+    return ;;
+  esac
   new=$([ -e "$log" ] || echo yes)
   while [ ! -e "$directory" ]; do
     made+=("$directory")
