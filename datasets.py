@@ -1,8 +1,8 @@
 """Images in, batches out.
 
-CIFAR-10, CIFAR-100 and the embedded digits live whole, as one uint8 tensor, on the training device; crop, flip, normalise
-and cutout are batched tensor operations there. Images of class folders or zips (ImageNet) are decoded and transformed by
-worker processes. A batch is (images (batch, 3, h, w) float in channels-last layout, labels (batch,) int64).
+CIFAR-10, CIFAR-100 and the embedded digits live whole, as one tensor of packed pixels, on the training device; crop,
+flip, normalise and cutout are batched tensor operations there. Images of class folders or zips (ImageNet) are decoded and
+transformed by worker processes. A batch is (images (batch, 3, h, w) float in channels-last layout, labels (batch,) int64).
 """
 
 import contextlib
@@ -42,10 +42,10 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images (count, 3, h, w) uint8, padded by CROP_PADDING on every side, and labels (count,) int64."""
+    """Images, packed (see `pack`) and padded by CROP_PADDING on every side, and their labels."""
 
-    images: Tensor
-    labels: Tensor
+    pixels: Tensor  # (count, h, w) int32
+    labels: Tensor  # (count,) int64
     mean: Tensor  # (3, 1, 1), of pixels scaled to 0-1
     std: Tensor
     flip: bool  # whether an image's mirror image shows the same thing
@@ -56,12 +56,12 @@ class ImageSet:
     @property
     def size(self) -> int:
         """Height and width of an image, without the padding."""
-        return self.images.shape[-1] - 2 * CROP_PADDING
+        return self.pixels.shape[-1] - 2 * CROP_PADDING
 
     def select(self, indices: range) -> 'ImageSet':
         """The images with these consecutive indices, without copying them."""
         chosen = slice(indices.start, indices.stop)
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
 
 
 class Source(NamedTuple):
@@ -131,18 +131,33 @@ def load(dataset: str, root: str | Path, train: bool, device: torch.device) -> I
     """
     source = SOURCES[dataset]
     images, labels = source.load(Path(root), train)
-    images = F.pad(torch.from_numpy(np.ascontiguousarray(images)), [CROP_PADDING] * 4)
+    pixels = F.pad(pack(torch.from_numpy(images)), [CROP_PADDING] * 4)
 
     def channels(values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=device).reshape(3, 1, 1)
-    return ImageSet(images.to(device), torch.from_numpy(labels).long().to(device), channels(source.mean),
+    return ImageSet(pixels.to(device), torch.from_numpy(labels).long().to(device), channels(source.mean),
                     channels(source.std), source.flip)
 
 
+def pack(images: Tensor) -> Tensor:
+    """uint8 images (count, 3, h, w) -> (count, h, w) int32, red + 256·green + 65536·blue: a pixel is moved as one number."""
+    red, green, blue = images.unbind(1)
+    return blue.to(torch.int32).mul_(256).add_(green).mul_(256).add_(red)
+
+
+def unpack(pixels: Tensor) -> Tensor:
+    """Packed images (batch, h, w) -> (batch, 3, h, w) int32 of 0-255."""
+    return (pixels.unsqueeze(1) >> torch.arange(0, 24, 8, dtype=torch.int32, device=pixels.device).reshape(3, 1, 1)) & 255
+
+
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 images (batch, 3, h, w) -> float, (pixel / 255 - mean) / std per channel, channels-last."""
-    images = images.contiguous(memory_format=torch.channels_last).to(mean.dtype)
-    return images.mul_(1 / (255 * std)).sub_(mean / std)
+    """Images (batch, 3, h, w) of integers 0-255 -> float, (pixel / 255 - mean) / std per channel."""
+    return images.to(mean.dtype).mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same images in the layout in which convolutions are fast."""
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 class Draws(NamedTuple):
@@ -167,13 +182,13 @@ def draw_augmentation(batch: int, size: int, generator: torch.Generator) -> Draw
 
 
 def crop_and_flip(padded: Tensor, chosen: Tensor, size: int, draws: Draws, flip: bool) -> Tensor:
-    """A size×size window of each chosen image, mirrored where drawn if `flip`: uint8 (batch, 3, size, size).
+    """A size×size window of each chosen image, mirrored where drawn if `flip`: packed, (batch, size, size).
 
-    padded: (count, 3, h, w); chosen: (batch,) indices. As torchvision's RandomCrop with padding and RandomHorizontalFlip.
+    padded: packed, (count, h, w); chosen: (batch,) indices. As torchvision's RandomCrop with padding and
+    RandomHorizontalFlip.
     """
-    windows = padded.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
-    images = windows[chosen, draws.top, draws.left]
-    return torch.where(draws.mirrored.bool()[:, None, None, None], images.flip(3), images) if flip else images
+    images = padded.unfold(1, size, 1).unfold(2, size, 1)[chosen, draws.top, draws.left]
+    return torch.where(draws.mirrored.bool()[:, None, None], images.flip(2), images) if flip else images
 
 
 def cutout(images: Tensor, size: int, draws: Draws) -> Tensor:
@@ -181,8 +196,9 @@ def cutout(images: Tensor, size: int, draws: Draws) -> Tensor:
     def inside(length: int, centre: Tensor) -> Tensor:
         pixels = torch.arange(length, device=images.device) - centre.unsqueeze(1)
         return (pixels >= -(size // 2)) & (pixels < size - size // 2)
-    hole = inside(images.shape[2], draws.hole_y)[:, None, :, None] & inside(images.shape[3], draws.hole_x)[:, None, None, :]
-    return images.clone().masked_fill_(hole, 0)  # masked_fill would lose the layout
+    rows, columns = inside(images.shape[2], draws.hole_y), inside(images.shape[3], draws.hole_x)
+    kept = 1 - rows[:, None, :, None].to(images.dtype) * columns[:, None, None, :].to(images.dtype)
+    return images * kept  # faster than to fill it where a mask says so
 
 
 def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int, int]]:
@@ -230,14 +246,15 @@ class TrainBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         data = self.data
         order = torch.randperm(len(data), generator=self.generator, device=data.labels.device)
+        epoch = draw_augmentation(len(data), data.size, self.generator)
         for start, stop in self.bounds:
-            draws = draw_augmentation(stop - start, data.size, self.generator)
-            first, last = share_of(0, stop - start, self.rank, self.world)
-            chosen, draws = order[start + first:start + last], draws.part(first, last)
-            images = normalise(crop_and_flip(data.images, chosen, data.size, draws, data.flip), data.mean, data.std)
+            first, last = share_of(start, stop, self.rank, self.world)
+            chosen, draws = order[first:last], epoch.part(first, last)
+            pixels = crop_and_flip(data.pixels, chosen, data.size, draws, data.flip)
+            images = normalise(unpack(pixels), data.mean, data.std)
             if self.cutout_size:
                 images = cutout(images, self.cutout_size, draws)
-            yield images, data.labels[chosen], (last - first) * self.world / (stop - start)
+            yield channels_last(images), data.labels[chosen], (last - first) * self.world / (stop - start)
 
 
 class EvalBatches:
@@ -254,8 +271,8 @@ class EvalBatches:
     def batch(self, chosen: 'slice | Tensor') -> tuple[Tensor, Tensor]:
         """The images and labels at a slice or tensor of indices."""
         inner = slice(CROP_PADDING, -CROP_PADDING)
-        images = self.data.images[chosen][:, :, inner, inner]
-        return normalise(images, self.data.mean, self.data.std), self.data.labels[chosen]
+        images = unpack(self.data.pixels[chosen][:, inner, inner])
+        return channels_last(normalise(images, self.data.mean, self.data.std)), self.data.labels[chosen]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start, stop in self.bounds:
@@ -464,7 +481,7 @@ class FileBatches:
             raise DataError(f'{self.files.place}: {len(self.broken)} of {self.count} images cannot be decoded, more than '
                             f'{BROKEN_LIMIT:.0%}; copy the data anew')
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
-        return normalise(images, self.mean, self.std), labels
+        return channels_last(normalise(images, self.mean, self.std)), labels
 
     def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The images and labels at the positions `chosen` (batch,), in that order."""

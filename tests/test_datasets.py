@@ -29,9 +29,14 @@ CPU = torch.device('cpu')
 def image_set(count=7, size=4, flip=True, seed=0):
     """Images of random pixels, the label of image i is i."""
     pixels = torch.randint(1, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    padded = torch.nn.functional.pad(pixels, [CROP_PADDING] * 4)
+    padded = torch.nn.functional.pad(datasets.pack(pixels), [CROP_PADDING] * 4)
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (datasets.CIFAR_MEAN, datasets.CIFAR_STD))
     return ImageSet(padded, torch.arange(count), mean, std, flip), pixels
+
+
+def images_of(pixels):
+    """Packed pixels as uint8 images (count, 3, h, w)."""
+    return datasets.unpack(pixels).to(torch.uint8)
 
 
 def literal_normalise(pixels):
@@ -42,7 +47,7 @@ def literal_normalise(pixels):
 
 def crop_and_flip(data, chosen, generator):
     draws = datasets.draw_augmentation(len(chosen), data.size, generator)
-    return datasets.crop_and_flip(data.images, chosen, data.size, draws, data.flip)
+    return images_of(datasets.crop_and_flip(data.pixels, chosen, data.size, draws, data.flip))
 
 
 def draw_holes(count, height, width, generator):
@@ -58,7 +63,7 @@ def test_crop_and_flip_are_distributed_as_torchvisions(flip, generator):
     draws = 81 * 2 * 60
     data, pixels = image_set(1, 8, flip)
     theirs = transforms.Compose([transforms.RandomCrop(8, padding=4), *[transforms.RandomHorizontalFlip()] * flip])
-    padded = data.images[0]
+    padded = images_of(data.pixels)[0]
     possible = {}
     for top, left, mirrored in itertools.product(range(9), range(9), (False, True)[:1 + flip]):
         window = padded[:, top:top + 8, left:left + 8]
@@ -241,7 +246,7 @@ def test_digits_are_split_once_and_for_all_and_balanced(tmp_path):
     train, test = (datasets.load('digits', tmp_path / 'none', train, CPU) for train in (True, False))
     assert (len(train), len(test), train.size, test.size) == (1437, 360, 32, 32)
     for data, least in ((train, 130), (test, 25)):
-        assert data.images.dtype == torch.uint8 and data.images.shape[1:] == (3, 40, 40)
+        assert data.pixels.dtype == torch.int32 and data.pixels.shape[1:] == (40, 40)
         counts = torch.bincount(data.labels)
         assert len(counts) == 10 and int(counts.min()) >= least
         assert not data.flip  # a mirrored digit is another digit, or none
@@ -255,8 +260,9 @@ def test_digits_are_the_committed_images_enlarged():
         images, labels = file['images'], file['labels']
     test = datasets.load('digits', 'none', False, CPU)
     assert test.labels.tolist() == labels[::5].tolist()
-    inner = test.images[:, :, 4:-4, 4:-4]
-    assert (test.images.sum((1, 2, 3)) == inner.sum((1, 2, 3))).all()
+    padded = images_of(test.pixels)
+    inner = padded[:, :, 4:-4, 4:-4]
+    assert (padded.sum((1, 2, 3)) == inner.sum((1, 2, 3))).all()
     averages = torch.nn.functional.avg_pool2d(inner.float(), 4)[:, 0] * 16 / 255
     assert (averages - torch.from_numpy(images[::5]).float()).abs().mean() < 1.5
 
@@ -329,7 +335,7 @@ def no_network(monkeypatch):
 def test_cifar_files_load_pixel_by_pixel(cifar, train, no_network):
     before = files(cifar.root)
     data = datasets.load(cifar.name, cifar.root, train, CPU)
-    assert torch.equal(data.images[:, :, 4:-4, 4:-4], torch.from_numpy(cifar.pixels[train]))
+    assert torch.equal(images_of(data.pixels)[:, :, 4:-4, 4:-4], torch.from_numpy(cifar.pixels[train]))
     assert data.labels.tolist() == cifar.labels[train] and data.labels.dtype == torch.int64
     assert data.flip and data.size == 32
     torch.testing.assert_close(data.mean.flatten(), torch.tensor([.49139968, .48215827, .44653124]))
@@ -386,7 +392,7 @@ def test_a_download_is_unpacked_and_used(cifar, monkeypatch, tmp_path, server):
     monkeypatch.setattr(cifar.kind, 'tgz_md5', hashlib.md5(archive.read_bytes()).hexdigest())
     root = tmp_path / 'new' / 'folder'
     data = datasets.load(cifar.name, root, True, CPU)
-    assert torch.equal(data.images[:, :, 4:-4, 4:-4], torch.from_numpy(cifar.pixels[True]))
+    assert torch.equal(images_of(data.pixels)[:, :, 4:-4, 4:-4], torch.from_numpy(cifar.pixels[True]))
     assert (root / cifar.kind.base_folder).is_dir()
 
 

@@ -247,8 +247,8 @@ def test_predictions_are_those_of_testing(runs, tmp_path):
     images, _ = next(iter(test))
     expected = network(images)[0].argmax(1).tolist()
     paths = [tmp_path / f'{index}.png' for index in range(4)]
-    for path, image in zip(paths, test.data.images[:, :, 4:-4, 4:-4], strict=False):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    for path, image in zip(paths, datasets.unpack(test.data.pixels[:, 4:-4, 4:-4]), strict=False):
+        Image.fromarray(image.permute(1, 2, 0).to(torch.uint8).numpy()).save(path)
     lines = output('tools/predict.py', '--checkpoint', runs / 'training' / 'checkpoint.pt', *paths).splitlines()
     assert [int(lines[6 * index + 1].split()[-1]) for index in range(4)] == expected
 

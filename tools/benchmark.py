@@ -73,7 +73,7 @@ def make_images(count: int) -> datasets.ImageSet:
     generator = torch.Generator().manual_seed(0)
     size = 32 + 2 * datasets.CROP_PADDING
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (datasets.CIFAR_MEAN, datasets.CIFAR_STD))
-    return datasets.ImageSet(torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator),
+    return datasets.ImageSet(torch.randint(0, 1 << 24, (count, size, size), dtype=torch.int32, generator=generator),
                              torch.randint(0, 10, (count,), generator=generator), mean, std, flip=True)
 
 
@@ -178,7 +178,7 @@ def cifar_batches(repeats: int) -> tuple[float, float, float]:
     transform = transforms.Compose([
         transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
         transforms.Normalize(datasets.CIFAR_MEAN, datasets.CIFAR_STD), per_image_cutout])
-    arrays = data.images[:1000, :, 4:-4, 4:-4].permute(0, 2, 3, 1).numpy()
+    arrays = datasets.unpack(data.pixels[:1000, 4:-4, 4:-4]).permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
     def per_image() -> None:
         for start in range(0, 1000, 128):
