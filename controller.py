@@ -4,9 +4,10 @@ Paper, sections 3.2-3.4. An architecture is a row of tokens (architecture.Vocabu
 position is data, so that any search space fits. All tensors are (batch, length, features) or (batch, length).
 """
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,25 @@ from torch import Tensor, nn
 
 START = 0  # the token that a decoder begins with
 LOG_EVERY = 100  # epochs between two reports of a fit
+ALIGNMENT = 64  # numbers; where parameters begin in a whole
+
+
+def tanh(x: Tensor) -> Tensor:
+    """The hyperbolic tangent as 2·sigmoid(2x) - 1, which is several times as fast on the CPU."""
+    return torch.sigmoid(2 * x).mul(2).sub(1)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of many rows, x (batch, steps, features); on the CPU as a 1×1 convolution, which is up to twice as fast."""
+    if x.device.type != 'cpu':
+        return F.linear(x, weight, bias)
+    rows = x.reshape(1, -1, 1, x.shape[2]).movedim(3, 1)
+    return F.conv2d(rows, weight[:, :, None, None], bias).movedim(1, 3).reshape(*x.shape[:2], -1)
+
+
+def log_softmax(scores: Tensor) -> Tensor:
+    """Log-probabilities over the last dimension; computed along the first one, where the few tokens cost no vector's rest."""
+    return F.log_softmax(scores.movedim(-1, 0), dim=0).movedim(0, -1)
 
 
 def run_lstm(rnn: nn.LSTM, embedding: nn.Embedding, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -25,7 +45,7 @@ def run_lstm(rnn: nn.LSTM, embedding: nn.Embedding, tokens: Tensor, state: tuple
     """
     first, *others = rnn.all_weights
     weight = torch.cat([part @ embedding.weight.T for part in first[0].chunk(tokens.shape[2], dim=1)], dim=1)
-    chosen = torch.eye(embedding.num_embeddings, dtype=weight.dtype, device=weight.device)[tokens].flatten(2)
+    chosen = weight.new_zeros(*tokens.shape, embedding.num_embeddings).scatter_(3, tokens.unsqueeze(3), 1).flatten(2)
     if state is None:
         state = (weight.new_zeros(rnn.num_layers, len(tokens), rnn.hidden_size),) * 2
     weights = [weight, *first[1:], *(tensor for layer in others for tensor in layer)]
@@ -81,13 +101,15 @@ class Attention(nn.Module):
         The projections are applied to the encoder's outputs, of which there are fewer than decoder steps: the dot product
         of a projected output with them, and the projection of their mix, come out the same.
         """
-        keys = (memory @ self.input_proj.weight).transpose(1, 2)
-        return keys, F.linear(memory, self.output_proj.weight[:, :memory.shape[2]])
+        size = memory.shape[2]
+        weight = torch.cat([self.input_proj.weight.T, self.output_proj.weight[:, :size]])
+        keys, values = linear(memory, weight).split(size, dim=2)
+        return keys.transpose(1, 2), values
 
     def forward(self, outputs: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Outputs (batch, steps, hidden) over projected memory -> (batch, steps, hidden)."""
-        own = F.linear(outputs, self.output_proj.weight[:, values.shape[2]:])
-        return torch.tanh(torch.baddbmm(own, torch.softmax(torch.bmm(outputs, keys), dim=-1), values))
+        own = linear(outputs, self.output_proj.weight[:, values.shape[2]:])
+        return tanh(torch.baddbmm(own, torch.softmax(torch.bmm(outputs, keys), dim=-1), values))
 
 
 class Decoder(nn.Module):
@@ -109,7 +131,8 @@ class Decoder(nn.Module):
             outputs, _ = self.rnn(F.dropout(self.embedding(decoder_input), self.dropout), (start, start))
         else:
             outputs = run_lstm(self.rnn, self.embedding, decoder_input.unsqueeze(2), (start, start))
-        return F.log_softmax(self.out(self.attention(outputs, *self.attention.project(memory))), dim=-1)
+        mixed = self.attention(outputs, *self.attention.project(memory))
+        return log_softmax(linear(mixed, self.out.weight, self.out.bias))
 
     def best_legal(self, scores: Tensor, position: int) -> Tensor:
         """Of scores (batch, vocab) the best token (batch,) that may stand at a position."""
@@ -145,10 +168,10 @@ class Decoder(nn.Module):
                 hidden = torch.addcmul(-o, o, torch.sigmoid(2 * cells[layer]), value=2)
                 products[layer] = hidden @ weight_hh
             mix = torch.baddbmm(products[-1][:, None, 4 * size:], torch.softmax(hidden.unsqueeze(1).bmm(keys), dim=-1), values)
-            scores.append(self.out(torch.tanh(mix.squeeze(1))))
+            scores.append(self.out(tanh(mix.squeeze(1))))
             token = self.best_legal(scores[-1], position)
             tokens.append(token)
-        return F.log_softmax(torch.stack(scores, dim=1), dim=-1), torch.stack(tokens, dim=1)
+        return log_softmax(torch.stack(scores, dim=1)), torch.stack(tokens, dim=1)
 
 
 class NAO(nn.Module):
@@ -255,6 +278,26 @@ def hamming_distance(targets: Tensor, tokens: Tensor) -> float:
     return float((targets != tokens).double().mean())
 
 
+@contextlib.contextmanager
+def as_whole(module: nn.Module) -> Iterator[nn.Parameter]:
+    """While the body runs, a module's parameters and gradients are parts of one long parameter, which is yielded.
+
+    To clip, update and zero the small ones takes longer to begin than to do, each time for each of them.
+    """
+    parameters = list(module.parameters())
+    whole = nn.Parameter(torch.cat([F.pad(each.detach().flatten(), (0, -each.numel() % ALIGNMENT)) for each in parameters]))
+    whole.grad, start = torch.zeros_like(whole), 0
+    for each in parameters:
+        part = slice(start, start + each.numel())
+        start += each.numel() + -each.numel() % ALIGNMENT
+        each.data, each.grad = whole.detach()[part].view_as(each), whole.grad[part].view_as(each)
+    try:
+        yield whole
+    finally:
+        for each in parameters:
+            each.data, each.grad = each.data.clone(), None
+
+
 # What turns accuracies into targets, and what a prediction pays for missing its target, by the names of the options.
 TARGETS = {'scaled': scale, 'ranks': rank}
 LOSSES = {'squared': F.mse_loss, 'cross_entropy': F.binary_cross_entropy}
@@ -305,35 +348,37 @@ def fit(nao: NAO, sequences: Tensor, targets: Tensor, *, epochs: int, batch_size
     The loss is trade_off · squared error of the prediction (or another of LOSSES) + (1 - trade_off) · negative
     log-likelihood of the reconstruction (paper, equation 1); Adam. With `unlabelled`, that many random legal sequences a
     batch are reconstructed instead of the batch: they need no accuracy, and the decoder learns the whole space.
-    `augment(sequences, generator)` rewrites each batch into equivalent sequences; every 100 epochs and at the end `report`
-    gets loss, pairwise accuracy and Hamming distance, on `held_out` (sequences, targets) where given. All draws but
-    dropout's come from `generator`.
+    `augment(sequences, generator)` rewrites all of them anew into equivalent ones in each epoch; every 100 epochs and at the
+    end `report` gets loss, pairwise accuracy and Hamming distance, on `held_out` (sequences, targets) where given. All draws
+    but dropout's come from `generator`.
     """
-    optimizer = torch.optim.Adam(nao.parameters(), lr=lr, weight_decay=l2_reg, fused=sequences.device.type in ('cpu', 'cuda'))
+    fused = sequences.device.type in ('cpu', 'cuda')
     values = {}
-    for epoch in range(1, epochs + 1):
-        nao.train()
-        order = torch.randperm(len(sequences), generator=generator, device=generator.device).to(sequences.device)
-        total = torch.zeros((), device=sequences.device)
-        for chosen in order.split(batch_size):
-            batch = sequences[chosen] if augment is None else augment(sequences[chosen], generator)
-            if unlabelled:
-                prediction, written = nao.predict(batch), random_sequences(nao, unlabelled, generator)
-                _, log_probs = nao.reconstruct(written)
-            else:
-                written = batch
-                prediction, log_probs = nao.reconstruct(batch)
-            objective = trade_off * LOSSES[loss](prediction, targets[chosen]) + (1 - trade_off) * F.nll_loss(
-                log_probs.flatten(0, 1), written.flatten())
-            optimizer.zero_grad()
-            objective.backward()
-            nn.utils.clip_grad_norm_(nao.parameters(), grad_bound)
-            optimizer.step()
-            total += objective.detach() * len(chosen)
-        if epoch % LOG_EVERY == 0 or epoch == epochs:
-            values = {'epoch': epoch, 'epochs': epochs, 'loss': float(total) / len(sequences),
-                      **evaluate(nao, *(held_out or (sequences, targets)))}
-            report(values)
+    with as_whole(nao) as parameter:
+        optimizer = torch.optim.Adam([parameter], lr=lr, weight_decay=l2_reg, fused=fused)
+        for epoch in range(1, epochs + 1):
+            nao.train()
+            order = torch.randperm(len(sequences), generator=generator, device=generator.device).to(sequences.device)
+            shuffled = sequences[order] if augment is None else augment(sequences[order], generator)
+            total = torch.zeros((), device=sequences.device)
+            for batch, wanted in zip(shuffled.split(batch_size), targets[order].split(batch_size), strict=True):
+                if unlabelled:
+                    prediction, written = nao.predict(batch), random_sequences(nao, unlabelled, generator)
+                    _, log_probs = nao.reconstruct(written)
+                else:
+                    written = batch
+                    prediction, log_probs = nao.reconstruct(batch)
+                objective = trade_off * LOSSES[loss](prediction, wanted) + (1 - trade_off) * F.nll_loss(
+                    log_probs.flatten(0, 1), written.flatten())
+                objective.backward()
+                nn.utils.clip_grad_norm_(parameter, grad_bound)
+                optimizer.step()
+                parameter.grad.zero_()
+                total += objective.detach() * len(batch)
+            if epoch % LOG_EVERY == 0 or epoch == epochs:
+                values = {'epoch': epoch, 'epochs': epochs, 'loss': float(total) / len(sequences),
+                          **evaluate(nao, *(held_out or (sequences, targets)))}
+                report(values)
     return values
 
 
