@@ -276,19 +276,60 @@ def test_held_out_architectures_are_measured_and_not_trained_on():
     assert all(torch.equal(one, two) for one, two in zip(nao.parameters(), other.parameters(), strict=True))
 
 
-def test_augment_rewrites_every_batch_of_every_epoch(generator):
-    tokens, seen = sequences(50), []
+def test_augment_rewrites_all_sequences_of_every_epoch(generator, monkeypatch):
+    tokens, seen, rewritten, trained = sequences(50), [], [], []
 
-    def augment(batch, given_generator):
+    def augment(rows, given_generator):
         assert given_generator is generator
-        seen.append(batch)
-        return swap_operands(batch, given_generator)
+        seen.append(rows)
+        rewritten.append(swap_operands(rows, given_generator))
+        return rewritten[-1]
+    reconstruct = NAO.reconstruct
+    monkeypatch.setattr(NAO, 'reconstruct', lambda nao, batch: trained.append(batch) or reconstruct(nao, batch))
     fit(make(), tokens, performances(tokens), epochs=3, augment=augment, generator=generator)
-    assert [len(batch) for batch in seen] == [20, 20, 10] * 3
-    for epoch in range(3):
-        rows = torch.cat(seen[3 * epoch:3 * epoch + 3])
+    assert [len(batch) for batch in trained] == [20, 20, 10] * 3
+    assert torch.equal(torch.cat(trained), torch.cat(rewritten))
+    for rows in seen:
         assert sorted(rows.tolist()) == sorted(tokens.tolist())  # each exactly once
         assert not torch.equal(rows, tokens)  # shuffled
+
+
+def test_targets_follow_their_sequences_through_the_shuffling(monkeypatch):
+    tokens, pairs, batches = sequences(50), {}, []
+    wanted = dict(zip(map(tuple, tokens.tolist()), performances(tokens).flatten().tolist(), strict=True))
+    reconstruct = NAO.reconstruct
+    monkeypatch.setattr(NAO, 'reconstruct', lambda nao, batch: batches.append(batch) or reconstruct(nao, batch))
+    monkeypatch.setitem(controller.LOSSES, 'watched', lambda prediction, targets: pairs.update(
+        zip(map(tuple, batches[-1].tolist()), targets.flatten().tolist(), strict=True)) or prediction.sum())
+    fit(make(), tokens, performances(tokens), epochs=1, loss='watched')
+    assert pairs == wanted
+
+
+def test_as_a_whole_parameters_and_gradients_are_parts_of_one_and_afterwards_their_own_again():
+    nao, tokens = make(), sequences(4)
+    before = {name: value.clone() for name, value in nao.state_dict().items()}
+    with controller.as_whole(nao) as whole:
+        nao(tokens)[0].sum().backward()
+        parts = list(nao.parameters())
+        assert whole.grad.norm() > 0 and whole.numel() >= sum(map(torch.Tensor.numel, parts))
+        torch.testing.assert_close(whole.grad.norm(), torch.stack([part.grad.norm() for part in parts]).norm())
+        assert all(torch.equal(value, before[name]) for name, value in nao.state_dict().items())
+        assert all(part.data_ptr() % 64 == parts[0].data_ptr() % 64 for part in parts)  # cache lines are not shared
+        with torch.no_grad():
+            whole.add_(1)
+    assert all(torch.equal(value, before[name] + 1) for name, value in nao.state_dict().items())
+    assert all(parameter.grad is None for parameter in nao.parameters())
+    assert len({parameter.untyped_storage().data_ptr() for parameter in nao.parameters()}) == len(list(nao.parameters()))
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.booleans())
+def test_the_fast_forms_compute_what_pytorchs_do(batch, steps, features, outputs, biased):
+    torch.manual_seed(batch)
+    x, weight = torch.randn(batch, steps, features, dtype=torch.float64), torch.randn(outputs, features, dtype=torch.float64)
+    bias = torch.randn(outputs, dtype=torch.float64) if biased else None
+    for mine, theirs in ((controller.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias)),
+                         (controller.tanh(x), torch.tanh(x)), (controller.log_softmax(x), torch.log_softmax(x, -1))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_equal_accuracies_can_be_fitted():
