@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import architecture
 from architecture import nodes_of, unread_states
-from operations import OPERATIONS, FactorizedReduce, ReLUConvBN, State, apply_operation
+from operations import OPERATIONS, BatchNorm2d, FactorizedReduce, ReLUConvBN, State, apply_operation
 
 Shape = tuple[int, int]  # of a state: (how often the image's height and width were halved, channels)
 
@@ -110,9 +110,9 @@ class AuxHead(nn.Module):
         super().__init__()
         self.pool = nn.AvgPool2d(5, pool_stride)
         self.conv1 = nn.Conv2d(channels, 128, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(128)
+        self.bn1 = BatchNorm2d(128)
         self.conv2 = nn.Conv2d(128, 768, 2, bias=False)
-        self.bn2 = nn.BatchNorm2d(768)
+        self.bn2 = BatchNorm2d(768)
         self.classifier = nn.Linear(768, classes)
 
     def forward(self, rectified: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class CIFARStem:
 
     def make_stem(self, channels: int) -> list[Shape]:
         """Add the stem's modules; return the shapes of cell 0's inputs."""
-        self.stem = nn.Sequential(nn.Conv2d(3, 3 * channels, 3, padding=1, bias=False), nn.BatchNorm2d(3 * channels))
+        self.stem = nn.Sequential(nn.Conv2d(3, 3 * channels, 3, padding=1, bias=False), BatchNorm2d(3 * channels))
         return [(0, 3 * channels)] * 2
 
     def apply_stem(self, images: Tensor) -> tuple[State, State]:
@@ -146,11 +146,11 @@ class ImageNetStem:
     def make_stem(self, channels: int) -> list[Shape]:
         """Add the stem's modules; return the shapes of cell 0's inputs."""
         self.stem0 = nn.Sequential(
-            nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels // 2),
+            nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False), BatchNorm2d(channels // 2),
             nn.ReLU(inplace=True),
-            nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels))
+            nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, bias=False), BatchNorm2d(channels))
         self.stem1 = nn.Sequential(
-            nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels))
+            nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False), BatchNorm2d(channels))
         return [(2, channels), (3, channels)]
 
     def apply_stem(self, images: Tensor) -> tuple[State, State]:

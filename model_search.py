@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architecture import Architecture, nodes_of, unread_states
+from kernels import batch_norm, depthwise_conv
 from model import Backbone, CIFARStem, ImageNetStem, MaybeCalibrateSize, Shape, combine_operands
-from operations import OPERATIONS, SEARCH_SPACES, FactorizedReduce, State, apply_operation, batch_norm
+from operations import OPERATIONS, SEARCH_SPACES, BatchNorm2d, FactorizedReduce, State, apply_operation
 
 SMALL = {operation: OPERATIONS[operation] for operation in SEARCH_SPACES['small']}
 
@@ -30,8 +31,10 @@ class WSBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, state: int, bn_train: bool) -> Tensor:
         """Normalise x, (batch, channels, h, w), with the scale and shift of input `state`."""
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight[state], self.bias[state],
-                            self.training or bn_train, self.momentum, self.eps)
+        statistics, affine = (self.running_mean, self.running_var), (self.weight[state], self.bias[state])
+        if self.training or bn_train:
+            return batch_norm(x, *statistics, *affine, self.momentum, self.eps)
+        return F.batch_norm(x, *statistics, *affine, eps=self.eps)
 
 
 class WSSepConv(nn.Module):
@@ -39,8 +42,6 @@ class WSSepConv(nn.Module):
 
     def __init__(self, inputs: int, channels: int, kernel: int):
         super().__init__()
-        self.channels, self.padding = channels, kernel // 2
-
         def weights(*shape: int) -> nn.ParameterList:
             return nn.ParameterList(torch.empty(channels, *shape) for _ in range(inputs))
         self.W1_depthwise = weights(1, kernel, kernel)
@@ -52,9 +53,9 @@ class WSSepConv(nn.Module):
 
     def forward(self, rectified: Tensor, state: int, stride: int, bn_train: bool) -> Tensor:
         """State number `state`, (batch, channels, h, w) after ReLU -> (batch, channels, h / stride, w / stride)."""
-        x = F.conv2d(rectified, self.W1_depthwise[state], stride=stride, padding=self.padding, groups=self.channels)
+        x = depthwise_conv(rectified, self.W1_depthwise[state], stride)
         x = F.relu(self.bn1(F.conv2d(x, self.W1_pointwise[state]), state, bn_train), inplace=True)
-        x = F.conv2d(x, self.W2_depthwise[state], padding=self.padding, groups=self.channels)
+        x = depthwise_conv(x, self.W2_depthwise[state])
         return self.bn2(F.conv2d(x, self.W2_pointwise[state]), state, bn_train)
 
 
@@ -97,12 +98,12 @@ class WSFinalCombine(nn.Module):
     def __init__(self, states: int, channels: int):
         super().__init__()
         self.w = nn.ParameterList(torch.empty(channels, channels, 1, 1) for _ in range(states))
-        self.bn = nn.BatchNorm2d(channels)
+        self.bn = BatchNorm2d(channels)
 
     def forward(self, outputs: Sequence[Tensor], concat: Sequence[int], bn_train: bool) -> Tensor:
         """The unread states, (batch, channels, h, w) each, and their numbers -> (batch, channels, h, w)."""
         weight = torch.cat([self.w[state] for state in concat], dim=1)
-        return batch_norm(self.bn, F.conv2d(F.relu_(torch.cat(outputs, dim=1)), weight), bn_train)
+        return self.bn(F.conv2d(F.relu_(torch.cat(outputs, dim=1)), weight), bn_train)
 
 
 class WSCell(nn.Module):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import batch_norm, depthwise_conv
+
 
 class State:
     """A feature map together with what was derived from it: each derivation is computed once for all who read it."""
@@ -39,11 +41,27 @@ class State:
         return other
 
 
-def batch_norm(norm: nn.BatchNorm2d, x: Tensor, bn_train: bool = False) -> Tensor:
-    """Normalise x; with `bn_train` by (and updating with) the batch's statistics even when `norm` is in eval mode."""
-    if not bn_train:
-        return norm(x)
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch-norm that can use, and update, the batch's statistics although it is in eval mode."""
+
+    def forward(self, x: Tensor, bn_train: bool = False) -> Tensor:
+        """(batch, channels, h, w) -> the same, normalised; by the batch's statistics in training or with `bn_train`."""
+        if not (self.training or bn_train):
+            return super().forward(x)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.momentum, self.eps)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Convolve each channel on its own, kernel k×k; see `depthwise_conv`."""
+
+    def __init__(self, channels: int, kernel: int, stride: int):
+        super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, h, w) -> (batch, channels, h / stride, w / stride)."""
+        return depthwise_conv(x, self.weight, self.stride[0])
 
 
 class SepConv(nn.Module):
@@ -59,9 +77,9 @@ class SepConv(nn.Module):
         super().__init__()
 
         def half(stride: int) -> list[nn.Module]:
-            return [nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False),
+            return [DepthwiseConv2d(channels, kernel, stride),
                     nn.Conv2d(channels, channels, 1, bias=False),
-                    nn.BatchNorm2d(channels)]
+                    BatchNorm2d(channels)]
         self.op = nn.Sequential(nn.Identity(), *half(stride), nn.ReLU(inplace=True), *half(1))
 
     def forward(self, rectified: Tensor) -> Tensor:
@@ -82,7 +100,7 @@ class Conv(nn.Module):
 
         def conv_bn(kernel: tuple[int, int], stride: tuple[int, int]) -> list[nn.Module]:
             padding = (kernel[0] // 2, kernel[1] // 2)
-            return [nn.Conv2d(channels, channels, kernel, stride, padding, bias=False), nn.BatchNorm2d(channels)]
+            return [nn.Conv2d(channels, channels, kernel, stride, padding, bias=False), BatchNorm2d(channels)]
         if pair:
             ops = [*conv_bn((1, kernel), (1, stride)), nn.ReLU(inplace=True), *conv_bn((kernel, 1), (stride, 1))]
         else:
@@ -100,11 +118,11 @@ class ReLUConvBN(nn.Module):
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, 1, bias=False)
-        self.bn = nn.BatchNorm2d(channels_out)
+        self.bn = BatchNorm2d(channels_out)
 
     def forward(self, rectified: Tensor, bn_train: bool = False) -> Tensor:
         """(batch, channels_in, h, w) after ReLU -> (batch, channels_out, h, w)."""
-        return batch_norm(self.bn, self.conv(rectified), bn_train)
+        return self.bn(self.conv(rectified), bn_train)
 
 
 class FactorizedReduce(nn.Module):
@@ -115,7 +133,7 @@ class FactorizedReduce(nn.Module):
         half = channels_out // 2
         self.path1 = nn.Sequential(nn.Identity(), nn.Conv2d(channels_in, half, 1, bias=False))
         self.path2 = nn.Sequential(nn.Identity(), nn.Conv2d(channels_in, channels_out - half, 1, bias=False))
-        self.bn = nn.BatchNorm2d(channels_out)
+        self.bn = BatchNorm2d(channels_out)
 
     def forward(self, x: Tensor, bn_train: bool = False) -> Tensor:
         """(batch, channels_in, h, w) -> (batch, channels_out, ceil(h / 2), ceil(w / 2)).
@@ -126,7 +144,7 @@ class FactorizedReduce(nn.Module):
         weight = torch.cat([F.pad(weight1, (0, 1, 0, 1)), F.pad(weight2, (1, 0, 1, 0))])
         if x.shape[2] % 2 or x.shape[3] % 2:
             x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        return batch_norm(self.bn, F.conv2d(x, weight, stride=2), bn_train)
+        return self.bn(F.conv2d(x, weight, stride=2), bn_train)
 
 
 class Operation(NamedTuple):

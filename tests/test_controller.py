@@ -322,16 +322,6 @@ def test_as_a_whole_parameters_and_gradients_are_parts_of_one_and_afterwards_the
     assert len({parameter.untyped_storage().data_ptr() for parameter in nao.parameters()}) == len(list(nao.parameters()))
 
 
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.booleans())
-def test_the_fast_forms_compute_what_pytorchs_do(batch, steps, features, outputs, biased):
-    torch.manual_seed(batch)
-    x, weight = torch.randn(batch, steps, features, dtype=torch.float64), torch.randn(outputs, features, dtype=torch.float64)
-    bias = torch.randn(outputs, dtype=torch.float64) if biased else None
-    for mine, theirs in ((controller.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias)),
-                         (controller.tanh(x), torch.tanh(x)), (controller.log_softmax(x), torch.log_softmax(x, -1))):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-
-
 def test_equal_accuracies_can_be_fitted():
     nao, tokens = make(), sequences(30)
     values = fit(nao, tokens, scale([0.1] * 30), epochs=2)

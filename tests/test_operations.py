@@ -11,7 +11,7 @@ from torch import nn
 
 from model import Cell, Node
 from model_search import WSNode
-from operations import OPERATIONS, SEARCH_SPACES, FactorizedReduce, State, apply_operation, batch_norm
+from operations import OPERATIONS, SEARCH_SPACES, BatchNorm2d, FactorizedReduce, State, apply_operation
 
 SIZES = [(8, 8), (7, 7), (6, 9), (2, 2), (1, 5)]
 POOLS = {2: ('average', 3, False), 3: ('max', 3, None), 10: ('max', 2, None), 11: ('max', 3, None), 12: ('max', 5, None),
@@ -144,11 +144,12 @@ def test_an_operation_leaves_the_state_it_reads_as_it_is():
 
 @pytest.mark.parametrize('training', [True, False])
 def test_batch_norm_of_a_scored_architecture_uses_and_updates_batch_statistics(training):
-    norm, x = nn.BatchNorm2d(4).train(training), 3 * images(5, 5) + 1
-    output = batch_norm(norm, x, bn_train=True)
+    norm, x = BatchNorm2d(4).train(training), 3 * images(5, 5) + 1
+    output = norm(x, bn_train=True)
     torch.testing.assert_close(output.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 2, 3)))
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.var((0, 2, 3)))
+    assert norm.num_batches_tracked == training
 
 
 # ------------------------------------------------------------------------------------------------------------- in cells
