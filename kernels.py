@@ -86,13 +86,14 @@ class _GroupedBatchNorm(torch.autograd.Function):
         channels = x.shape[1]
         y = torch.empty_like(x)
         rows, results = (values.permute(0, 2, 3, 1).view(-1, group * channels) for values in (x, y))
-        normalised, means, invstds = torch.native_batch_norm(rows, None, None, None, None, True, 0.0, eps)
-        means, invstds = means.view(group, channels), invstds.view(group, channels)
+        means, invstds = x.new_empty(2, group, channels)
+        torch.ops.aten.native_batch_norm.out(rows, None, None, None, None, True, 0.0, eps, out=results,
+                                             save_mean=means.view(-1), save_invstd=invstds.view(-1))
         mean = means.mean(0)
         var = (invstds ** -2 - eps + (means - mean) ** 2).mean(0)
         invstd = (var + eps).rsqrt()
         scale = weight * invstd
-        torch.addcmul(((means - mean) * scale + bias).flatten(), normalised, (scale / invstds).flatten(), out=results)
+        torch.addcmul(((means - mean) * scale + bias).flatten(), results, (scale / invstds).flatten(), out=results)
         ctx.save_for_backward(x, mean, invstd, scale)
         ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(mean, var)

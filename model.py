@@ -33,11 +33,13 @@ class MaybeCalibrateSize(nn.Module):
 
     def forward(self, x: State, y: State, bn_train: bool = False) -> list[State]:
         """The states 0 and 1 of the cell, both (batch, channels, h, w)."""
-        if hasattr(self, 'preprocess_x'):
-            x = State(self.preprocess_x(x.relu, bn_train))
-        if hasattr(self, 'preprocess_y'):
-            y = State(self.preprocess_y(y.relu, bn_train))
-        return [x, y]
+        states = []
+        for side, state in (('x', x), ('y', y)):
+            preprocess = getattr(self, f'preprocess_{side}', None)
+            states.append(State(preprocess(state.relu, bn_train)) if preprocess else state)
+        if states[0] is not x:
+            x.forget()  # no other cell reads it
+        return states
 
 
 def combine_operands(x: Tensor, y: Tensor, masks: Tensor | None) -> Tensor:
@@ -100,6 +102,8 @@ class Cell(nn.Module):
         states = self.maybe_calibrate_size(x, y)
         for index, node in enumerate(self.ops):
             states.append(State(node(states, None if masks is None else masks[2 * index:2 * index + 2])))
+        for state in states:
+            state.forget()
         return self.final_combine(states)
 
 

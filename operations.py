@@ -29,6 +29,11 @@ class State:
             self.derived[key] = function(self.raw)
         return self.derived[key]
 
+    def forget(self) -> None:
+        """Free what was derived, unless gradients need it: then it is held anyway."""
+        if not torch.is_grad_enabled():
+            self.derived.clear()
+
     @property
     def relu(self) -> Tensor:
         """max(raw, 0), (batch, channels, height, width)."""

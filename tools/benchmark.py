@@ -11,6 +11,7 @@ numbers from noisy or different machines can be compared. Each row runs in a pro
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -193,13 +194,29 @@ ROWS: dict[str, Callable[[int], tuple]] = {
     'cifar_batches': cifar_batches,
 }
 
+def score_whole_pool(count: int) -> tuple[float, float]:
+    """Scoring a pool of architectures, of which every 50th is scored for real."""
+    seconds, per_second = score(1, count // 50)
+    return seconds * count, per_second
+
+
+def search(count: int) -> tuple[float, float]:
+    """A whole search with a pool of `count` architectures, put together from its measured parts; searches per second."""
+    step, _ = supernet_step(1)
+    scoring, _ = score_whole_pool(count)
+    epoch, _ = controller_epoch(1, count)
+    steps = math.ceil(45_000 / 64)
+    seconds = 150 * steps * step + 5 * scoring + 4 * 1000 * epoch + 5 * 10 * steps * step
+    return seconds, 1 / seconds
+
+
 GROWTH: dict[str, Callable[[int], tuple]] = {
-    **{f'scoring a pool of {count}': lambda repeats, count=count: tuple(  # every 50th architecture is scored for real
-        value * factor for value, factor in zip(score(1, count // 50), (count, 1), strict=True)) for count in (100, 300, 600)},
+    **{f'search, pool of {count}': lambda repeats, count=count: search(count) for count in (100, 300, 600)},
+    **{f'scoring a pool of {count}': lambda repeats, count=count: score_whole_pool(count) for count in (100, 300, 600)},
     **{f'controller epoch, {count} architectures': lambda repeats, count=count: controller_epoch(repeats, count)
        for count in (100, 300, 600)},
     **{f'supernet step, {channels} channels': lambda repeats, channels=channels: supernet_step(1, channels)
-       for channels in (10, 20, 40)},
+       for channels in (10, 20, 40, 80)},
 }
 
 
