@@ -38,7 +38,7 @@ class MaybeCalibrateSize(nn.Module):
             preprocess = getattr(self, f'preprocess_{side}', None)
             states.append(State(preprocess(state.relu, bn_train)) if preprocess else state)
         if states[0] is not x:
-            x.forget()  # no other cell reads it
+            x.forget()  # this cell is its last reader; but a stem's output is y too, whose ReLU the next cell makes anew
         return states
 
 
