@@ -483,10 +483,9 @@ class Search:
             if epoch < options['epochs']:
                 utils.save_checkpoint(run, run.state() | {'model': network.state_dict(), 'optimizer': optimizer.state_dict(),
                                                           'epoch': epoch, 'step': step}, path)
-        values = utils.fit(run, network, optimizer, batches, task.valid_batches(run), title=title, state=state,
+        values = utils.fit(run, network, optimizer, batches, task.valid_batches(run), title=title, split='valid', state=state,
                            after_epoch=after_epoch, grad_bound=args.child_grad_bound, label_smooth=task.label_smooth, **options)
         return values['top1'] / 100
-
 
     def seconds_of_step(self, network: torch.nn.Module, batch_size: int, *extras: Any) -> float:
         """Seconds of a training step on a copy of a network; `extras` go to it after the images."""

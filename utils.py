@@ -812,12 +812,12 @@ def evaluate(run: Run, model: nn.Module, batches: Iterable) -> dict[str, float]:
 
 
 def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batches: Iterable, eval_batches: Iterable, *,
-        epochs: int, lr: Callable[[int], float], title: str = '', state: dict[str, Any] | None = None,
+        epochs: int, lr: Callable[[int], float], title: str = '', split: str = 'test', state: dict[str, Any] | None = None,
         after_epoch: Callable[[int, int, dict, dict], None] = lambda *values: None, **options: Any) -> dict[str, float]:
     """Train a network for `epochs`, on from a checkpoint's `state` if given; return the last evaluation's values.
 
-    lr(epoch) is an epoch's learning rate; after_epoch(epochs done, step, training values, evaluation values) is called
-    after each; `options` go to train_epoch.
+    lr(epoch) is an epoch's learning rate; split: what the log calls the images of eval_batches; after_epoch(epochs done, step,
+    training values, evaluation values) is called after each; `options` go to train_epoch.
     """
     parallel, evaluation = run.parallel(model), {}
     epoch, step = (state['epoch'], state['step']) if state else (0, 0)
@@ -833,10 +833,10 @@ def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batc
         run.average_statistics(model)
         evaluation = evaluate(run, model, eval_batches)
         if not math.isfinite(evaluation['loss']):  # the last step broke the weights; they must not become a checkpoint
-            raise NotFiniteError(f'the test loss is {evaluation["loss"]} after {name}; the last checkpoint is kept; a smaller '
-                                 'learning rate may help')
+            raise NotFiniteError(f'the {split} loss is {evaluation["loss"]} after {name}; the last checkpoint is kept; a '
+                                 'smaller learning rate may help')
         epoch += 1
-        run.log(f'{name} train {describe(training)} | test {describe(evaluation)} lr {rate:.3g} left {clock.left(step)}')
+        run.log(f'{name} train {describe(training)} | {split} {describe(evaluation)} lr {rate:.3g} left {clock.left(step)}')
         after_epoch(epoch, step, training, evaluation)
     return evaluation
 

@@ -120,7 +120,7 @@ def test_the_best_are_ranked_by_training_from_scratch(searched):
     ranks = [line for line in metrics(folder) if line['kind'] == 'rank']
     assert {line['arch']: line['accuracy'] for line in ranks} == dict(zip(final, scores, strict=True))
     for index in (1, 2):
-        assert re.search(rf'rank {index}/2 epoch 1/1 train loss .* \| test loss', result.out)
+        assert re.search(rf'rank {index}/2 epoch 1/1 train loss .* \| valid loss', result.out)
     assert f'the best architecture is {final[0]};' in result.out
 
 

@@ -98,7 +98,7 @@ def test_a_search_of_twelve_candidates_and_two_rounds(searched):
                zip(lines(folder, 'arch_pool.2'), lines(folder, 'arch_pool.perf.2'), strict=True))
     assert sorted(lines(folder, 'arch_pool.final')) == sorted(lines(folder, 'arch_pool')[:2])
     assert [line['kind'] for line in metrics(folder)] == ['score', 'controller', 'new'] * 2 + ['score', 'rank', 'rank']
-    assert re.search(r'candidate 12/12 epoch 2/2 train loss .* \| test loss', result.out)
+    assert re.search(r'candidate 12/12 epoch 2/2 train loss .* \| valid loss', result.out)
     assert 'finished: the best architecture is' in result.out
 
 
@@ -276,7 +276,7 @@ def test_candidates_that_fail_are_logged_count_nothing_and_do_not_stop_the_searc
     result = run(PROGRAM, *FLAGS, '--rounds=1', f'--output_dir={tmp_path}', preamble=few + FAILING)
     assert result.status == 0, result
     assert 'candidate 2/12 failed and counts 0: CUDA out of memory. Tried to allocate 2.00 GiB\n' in result.out
-    assert re.search(r'candidate 3/12 failed and counts 0: the (test )?loss is (nan|inf)', result.out)
+    assert re.search(r'candidate 3/12 failed and counts 0: the (valid )?loss is (nan|inf)', result.out)
     failed = [line for line in results(tmp_path).values() if 'error' in line]
     assert [line['accuracy'] for line in failed] == [0.0, 0.0]
     scores = dict(zip(lines(tmp_path, 'arch_pool.0'), lines(tmp_path, 'arch_pool.perf.0'), strict=True))
