@@ -424,16 +424,21 @@ def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]]
     return candidates, dict(per_lambda)
 
 
+def fit_epochs(settings: Settings, count: int, first: bool) -> int:
+    """The epochs of a fit, or of a later one, to `count` sequences."""
+    if first or not settings.later_updates:
+        return settings.epochs
+    # Steps, not epochs: what a round of new architectures takes to learn does not grow with what is known already.
+    return math.ceil(settings.later_updates / math.ceil(count / settings.batch_size))
+
+
 def fit_all(naos: Sequence[NAO], sequences: Tensor, targets: Tensor, settings: Settings, generator: torch.Generator, *,
             first: bool, **options: Any) -> dict[str, float]:
     """Fit every NAO as the settings say; a later fit (first=False) goes on from their weights. `options` go to `fit`.
 
     Returns the last NAO's last report.
     """
-    epochs, values = settings.epochs, {}
-    if settings.later_updates and not first:
-        # Steps, not epochs: what a round of new architectures takes to learn does not grow with what is known already.
-        epochs = math.ceil(settings.later_updates / math.ceil(len(sequences) / settings.batch_size))
+    epochs, values = fit_epochs(settings, len(sequences), first), {}
     for nao in naos:
         values = fit(nao, sequences, targets, epochs=epochs, batch_size=settings.batch_size, lr=settings.lr,
                      l2_reg=settings.l2_reg, trade_off=settings.trade_off, grad_bound=settings.grad_bound,

@@ -479,7 +479,7 @@ class FileBatches:
                 print(f'warning: {name}: is broken or cut off; left out', file=sys.stderr, flush=True)
         if len(self.broken) > BROKEN_LIMIT * self.count:
             raise DataError(f'{self.files.place}: {len(self.broken)} of {self.count} images cannot be decoded, more than '
-                            f'{BROKEN_LIMIT:.0%}; copy the data anew')
+                            f'{BROKEN_LIMIT:.0%}; copy the data anew, or remove them')
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
         return channels_last(normalise(images, self.mean, self.std)), labels
 

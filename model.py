@@ -37,8 +37,6 @@ class MaybeCalibrateSize(nn.Module):
         for side, state in (('x', x), ('y', y)):
             preprocess = getattr(self, f'preprocess_{side}', None)
             states.append(State(preprocess(state.relu, bn_train)) if preprocess else state)
-        if states[0] is not x:
-            x.forget()  # this cell is its last reader; but a stem's output is y too, whose ReLU the next cell makes anew
         return states
 
 
@@ -102,8 +100,6 @@ class Cell(nn.Module):
         states = self.maybe_calibrate_size(x, y)
         for index, node in enumerate(self.ops):
             states.append(State(node(states, None if masks is None else masks[2 * index:2 * index + 2])))
-        for state in states:
-            state.forget()
         return self.final_combine(states)
 
 

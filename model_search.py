@@ -126,8 +126,6 @@ class WSCell(nn.Module):
         for index, (module, node) in enumerate(zip(self.ops, nodes_of(cell), strict=True)):
             node_masks = None if masks is None else masks[2 * index:2 * index + 2]
             states.append(State(module(states, node, node_masks, bn_train)))
-        for state in states:
-            state.forget()
         concat = unread_states(cell)
         outputs = [getattr(self, f'fac_{state + 1}')(states[state].raw, bn_train) if self.reduction and state < 2
                    else states[state].raw for state in concat]

@@ -24,15 +24,13 @@ class State:
         self.derived: dict[Hashable, Tensor] = {}
 
     def derive(self, key: Hashable, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """function(raw), kept under `key`."""
-        if key not in self.derived:
-            self.derived[key] = function(self.raw)
-        return self.derived[key]
-
-    def forget(self) -> None:
-        """Free what was derived, unless gradients need it: then it is held anyway."""
-        if not torch.is_grad_enabled():
-            self.derived.clear()
+        """function(raw), kept under `key`; without gradients, which would hold it anyway, it is not kept but made anew."""
+        if key in self.derived:
+            return self.derived[key]
+        value = function(self.raw)
+        if torch.is_grad_enabled():
+            self.derived[key] = value
+        return value
 
     @property
     def relu(self) -> Tensor:

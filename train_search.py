@@ -506,9 +506,9 @@ class Search:
         def fit_step() -> None:
             prediction, log_probs = nao.reconstruct(batch)
             (prediction.sum() + log_probs.sum()).backward()
-        per_fit = self.settings.members * self.settings.epochs * math.ceil(len(self.pool) / self.settings.batch_size)
-        parts = [*parts, (f'{self.rounds()} fits of {per_fit} steps', utils.seconds_of(self.run, fit_step),
-                          per_fit * self.rounds())]
+        epochs = sum(controller.fit_epochs(self.settings, len(self.pool), not index) for index in range(self.rounds()))
+        steps = self.settings.members * epochs * math.ceil(len(self.pool) / self.settings.batch_size)
+        parts = [*parts, (f'{steps} steps of {self.rounds()} fits', utils.seconds_of(self.run, fit_step), steps)]
         total = sum(seconds * count for _, seconds, count in parts)
         terms = ' + '.join(f'{what} ({seconds:.3g} s each)' for what, seconds, _ in parts)
         self.run.log(f'cost, measured at the start: {terms}: about {datetime.timedelta(seconds=round(total))} in all')
@@ -636,7 +636,8 @@ class CompleteSearch(Search):
 
     def progress(self) -> str:
         """How far the search is, for the log."""
-        return f'{len(self.accuracies)} of {len(self.pool)} architectures in round {self.round}'
+        results = self.results('candidate')
+        return f'{sum(str(arch) in results for arch in self.pool)} of {len(self.pool)} architectures in round {self.round}'
 
     def log_start(self) -> None:
         """Log the sizes of the first candidate, and arguments."""

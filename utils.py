@@ -146,8 +146,11 @@ def add_run_arguments(parser: Parser, output_dir: str, data: str = 'data') -> No
                        'the package tensorboard)')
 
 
-def run_program(main: Callable[[], None]) -> None:
-    """Run a program's main; a user's mistake ends in one line and status 2, Ctrl-C in one line and status 130."""
+def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
+    """Run a program's main; a user's mistake ends in one line and status 2, Ctrl-C in one line and status 130.
+
+    goes_on: whether the program started again goes on from a checkpoint.
+    """
     program = Path(sys.argv[0]).name
     try:
         main()
@@ -157,7 +160,7 @@ def run_program(main: Callable[[], None]) -> None:
         status, line = 1, f'{program}: stopped: {error}'
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        status, line = 130, f'{program}: interrupted; the same command goes on from the last checkpoint'
+        status, line = 130, f'{program}: interrupted' + '; the same command goes on from the last checkpoint' * goes_on
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
@@ -502,7 +505,7 @@ class Run:
             os.truncate(metrics, state['metrics_bytes'])
         now = vars(self.args)
         changed = [f'--{name}={now[name]} (was {value})' for name, value in state['args'].items()
-                   if name in now and now[name] != value]
+                   if name in now and now[name] != value and name != 'workers']  # which makes no difference
         self.log(f'resumed after {where}' + (f', with other flags: {" ".join(changed)}' if changed else ''))
 
     def reseed(self, *seed: Any) -> None:

@@ -421,7 +421,7 @@ def test_workers_share_the_files_in_memory_without_a_copy_each(tmp_path):
     print(f'\n200 MB of files in memory: {total[0]:.0f} MB in all with 0 workers, {total[4]:.0f} MB with 4, of which private '
           f'to the workers {", ".join(f"{value:.0f}" for value in private[4])} MB')
     assert all(value < 60 for value in private[4])
-    assert total[4] < total[0] + 4 * 100  # a copy each would be 800
+    assert total[4] < total[0] + 4 * 150  # a copy each would be 800; forked processes add some pages of their own
 
 
 # ------------------------------------------------------------------------------------------------- shares of processes

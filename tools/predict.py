@@ -74,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    utils.run_program(main)
+    utils.run_program(main, goes_on=False)
