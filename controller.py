@@ -18,7 +18,7 @@ from kernels import linear, log_softmax, tanh
 
 START = 0  # the token that a decoder begins with
 LOG_EVERY = 100  # epochs between two reports of a fit
-ALIGNMENT = 64  # numbers; where parameters begin in a whole
+ALIGNMENT = 64  # numbers; the parts of a whole begin at multiples of it
 
 
 def run_lstm(rnn: nn.LSTM, embedding: nn.Embedding, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None) -> Tensor:

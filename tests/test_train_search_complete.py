@@ -129,19 +129,28 @@ sys.argv.append('--output_dir={tmp_path}/machine' + os.environ['RANK'])
     assert result.out.count('round 0: trained 12 architectures') == 1
 
 
-def test_no_process_idles_while_candidates_remain(few, tmp_path):
-    """One process takes long for each of its candidates: the other one trains nearly all."""
-    slow = few + """
+def slowly(seconds):
+    """A preamble: the second process takes so long before each of its trainings."""
+    return f"""
 import os, time, utils
 real = utils.fit
 def fit(*args, **kwargs):
     if os.environ['RANK'] == '1':
-        time.sleep(2)
+        time.sleep({seconds})
     return real(*args, **kwargs)
 utils.fit = fit
 """
+
+
+def life(limit):
+    """A preamble: a process shows its life often, and is given up after `limit` seconds."""
+    return f'import utils\nutils.LIFE_EVERY, utils.LIFE_LIMIT = 0.2, {limit}\n'
+
+
+def test_no_process_idles_while_candidates_remain(few, tmp_path):
+    """One process takes long for each of its candidates: the other one trains nearly all."""
     result = torchrun(2, PROGRAM, *FLAGS, '--rounds=1', '--child_epochs=1', '--child_rank_count=0', f'--output_dir={tmp_path}',
-                      preamble=slow).wait()
+                      preamble=few + slowly(2)).wait()
     assert result.status == 0, result
     fast, slow = (len(lines(tmp_path, f'results.{rank}.jsonl')) for rank in (0, 1))
     assert fast > slow >= 1
@@ -165,8 +174,7 @@ def test_when_a_process_dies_only_its_candidate_is_trained_again(searched, few, 
 def test_a_process_that_vanishes_without_a_word_is_given_up(searched, few, tmp_path):
     """The second one stops answering at its third training, as when its machine is cut off; what is done is kept."""
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
-    soon = 'import utils\nutils.LIFE_EVERY, utils.LIFE_LIMIT = 0.2, 3\n'
-    program = torchrun(2, *command, preamble=few + soon + kill_at('utils.fit', 3, rank=1, by='SIGSTOP'))
+    program = torchrun(2, *command, preamble=few + life(3) + kill_at('utils.fit', 3, rank=1, by='SIGSTOP'))
     program.wait_for('stopped: process 1 has not answered for 3 s; the same command goes on')
     os.kill(program.workers()[-1], signal.SIGKILL)  # or torchrun gives it another half a minute
     assert program.wait().status != 0
@@ -178,18 +186,8 @@ def test_a_process_that_vanishes_without_a_word_is_given_up(searched, few, tmp_p
 
 def test_a_process_that_trains_for_long_is_waited_for(few, tmp_path):
     """Longer than a process may stay silent: the thread that shows its life goes on."""
-    slow = few + """
-import os, time, utils
-utils.LIFE_EVERY, utils.LIFE_LIMIT = 0.2, 2
-real = utils.fit
-def fit(*args, **kwargs):
-    if os.environ['RANK'] == '1':
-        time.sleep(5)
-    return real(*args, **kwargs)
-utils.fit = fit
-"""
     result = torchrun(2, PROGRAM, *FLAGS, '--rounds=1', '--child_epochs=1', '--child_rank_count=0', '--controller_seed_arch=4',
-                      '--controller_new_arch=1', f'--output_dir={tmp_path}', preamble=slow).wait()
+                      '--controller_new_arch=1', f'--output_dir={tmp_path}', preamble=few + life(2) + slowly(5)).wait()
     assert result.status == 0 and lines(tmp_path, 'results.1.jsonl'), result
 
 
@@ -207,7 +205,8 @@ def test_a_killed_search_trains_no_finished_candidate_again_and_ends_bit_identic
     assert killed.status == -signal.SIGKILL, killed
     before = results(tmp_path)
     result = run(*command, preamble=few)
-    assert result.status == 0 and 'resumed after' in result.out, result
+    done = sum(kind == 'candidate' for kind, _ in before)
+    assert result.status == 0 and f'resumed after {done} of ' in result.out, result
     assert_same_search(searched[0], tmp_path)
     after = results(tmp_path)
     assert all(after[key] == value for key, value in before.items())

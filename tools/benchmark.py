@@ -255,8 +255,8 @@ def main() -> None:
     if args.row:
         print(json.dumps(run_row(args.row, args.repeats)))
         return
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise utils.UserError(f'--json={args.json}: there is no such directory')
+    if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):
+        raise utils.UserError(f'--json={args.json}: cannot be written; name a file in a directory that you may write to')
     try:
         old = {row['name']: row for row in json.loads(Path(args.compare).read_text())['rows']} if args.compare else {}
     except (OSError, ValueError, KeyError, TypeError):
