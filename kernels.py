@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _WideDepthwiseConv(torch.autograd.Function):
-    """A depthwise convolution with 5×5 weights, whose gradient is put together from gradients of narrower weights.
+    """A depthwise convolution with 5×5 weights, whose gradient is put together from gradients of 5×3 weights.
 
     PyTorch has a fast kernel for the gradient of weights up to a width of 3; that for 5×5 takes ten times as long.
     """
@@ -59,16 +59,14 @@ class _WideDepthwiseConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
 
-        def gradients(x: Tensor, weight: Tensor, *of: bool) -> tuple[Tensor | None, Tensor | None, None]:
-            padding = [size // 2 for size in weight.shape[2:]]
+        def gradients(x: Tensor, weight: Tensor, padding: list[int], *of: bool) -> tuple[Tensor | None, Tensor | None, None]:
             return torch.ops.aten.convolution_backward(grad, x, weight, None, [ctx.stride] * 2, padding, [1, 1], False, [0, 0],
                                                        len(weight), [*of, False])
         columns = torch.empty_like(weight)
-        for shift, width, place, part in ((-1, 3, slice(0, 2), slice(0, 2)), (0, 1, slice(2, 3), slice(0, 1)),
-                                          (1, 3, slice(3, 5), slice(1, 3))):  # columns of the 5×5, and of the narrower weights
-            moved = F.pad(x, (-shift, shift)) if shift else x  # column j sees pixel x + j - 2; of three columns, x + j - 1
-            columns[..., place] = gradients(moved, weight[..., :width], False, True)[1][..., part]
-        return gradients(x, weight, True, False)[0] if ctx.needs_input_grad[0] else None, columns, None
+        for first, padding in ((0, (2, 0)), (2, (0, 2))):  # columns 0-2 see x moved right by two pixels, columns 2-4 left
+            place = slice(first, first + 3)
+            columns[..., place] = gradients(F.pad(x, padding), weight[..., place], [2, 0], False, True)[1]
+        return gradients(x, weight, [2, 2], True, False)[0] if ctx.needs_input_grad[0] else None, columns, None
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -78,45 +76,77 @@ def depthwise_conv(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     return F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2, groups=len(weight))
 
 
+class _AveragePool(torch.autograd.Function):
+    """A 3×3 average as a depthwise convolution; it takes pixels beyond the edge for zeros, which `scale_edges` makes up for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: int, count_include_pad: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.stride, ctx.count_include_pad, ctx.weight = stride, count_include_pad, x.new_full((x.shape[1], 1, 3, 3), 1 / 9)
+        y = F.conv2d(x, ctx.weight, stride=stride, padding=1, groups=x.shape[1])
+        return y if count_include_pad else _AveragePool.scale_edges(y, x, stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, = ctx.saved_tensors
+        if not ctx.count_include_pad:
+            grad = _AveragePool.scale_edges(grad.clone(), x, ctx.stride)
+        return torch.ops.aten.convolution_backward(grad, x, ctx.weight, None, [ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0],
+                                                   x.shape[1], [True, False, False])[0], None, None
+
+    @staticmethod
+    def scale_edges(pooled: Tensor, x: Tensor, stride: int) -> Tensor:
+        """Where a window hangs over an edge, two of its three rows or columns lie inside."""
+        for dim in (2, 3):
+            pooled.select(dim, 0).mul_(1.5)
+            if (pooled.shape[dim] - 1) * stride == x.shape[dim] - 1:
+                pooled.select(dim, -1).mul_(1.5)
+        return pooled
+
+
+def average_pool(x: Tensor, stride: int, count_include_pad: bool) -> Tensor:
+    """F.avg_pool2d of 3×3 pixels with a padding of 1: (batch, channels, h, w) -> (batch, channels, h / stride, ...)."""
+    if min(x.shape[2:]) < 2 or not is_plain(x):
+        return F.avg_pool2d(x, 3, stride, 1, count_include_pad=count_include_pad)
+    return _AveragePool.apply(x, stride, count_include_pad)
+
+
 class _GroupedBatchNorm(torch.autograd.Function):
     """Batch-norm by the batch's statistics; `group` pixels side by side are taken as one of group·channels channels.
 
     PyTorch's kernels handle channels in vectors and the rest of a pixel's channels one by one, at several times the cost.
-    They normalise each group of pixels by itself; from its mean and variance those of all follow (var = the mean of the
-    variances + the variance of the means), and a linear function corrects what they made.
+    Here they give the statistics of each group of pixels by itself, from which those of all follow: var = the mean of the
+    variances + the variance of the means.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: int) -> tuple[Tensor, Tensor, Tensor]:
-        channels = x.shape[1]
-        y = torch.empty_like(x)
-        rows, results = (values.permute(0, 2, 3, 1).view(-1, group * channels) for values in (x, y))
-        means, invstds = x.new_empty(2, group, channels)
-        torch.ops.aten.native_batch_norm.out(rows, None, None, None, None, True, 0.0, eps, out=results,
-                                             save_mean=means.view(-1), save_invstd=invstds.view(-1))
+        rows = x.permute(0, 2, 3, 1).view(-1, group * x.shape[1])
+        means, variances = (values.view(group, -1) for values in torch.ops.aten.batch_norm_update_stats(rows, None, None, 0.0))
         mean = means.mean(0)
-        var = (invstds ** -2 - eps + (means - mean) ** 2).mean(0)
+        var = (variances + (means - mean) ** 2).mean(0)
         invstd = (var + eps).rsqrt()
         scale = weight * invstd
-        torch.addcmul(((means - mean) * scale + bias).flatten(), results, (scale / invstds).flatten(), out=results)
         ctx.save_for_backward(x, mean, invstd, scale)
         ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        return torch.addcmul((bias - mean * scale)[:, None, None], x, scale[:, None, None]), mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, mean, invstd, scale = ctx.saved_tensors
         group, channels, count = ctx.group, x.shape[1], x.numel() // x.shape[1]
-        rows, grads = (values.permute(0, 2, 3, 1).reshape(-1, group * channels) for values in (x, grad))
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        rows, grads = (values.permute(0, 2, 3, 1).view(-1, group * channels) for values in (x, grad))
         _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             grads, rows, None, None, None, mean.repeat(group), invstd.repeat(group), True, ctx.eps, [False, True, True])
         of_weight, of_bias = (values.view(group, channels).sum(0) for values in (of_weight, of_bias))
         # dx = scale · (dy - mean(dy) - x̂ · mean(dy · x̂)), x̂ = (x - mean) · invstd, as a linear function of x and dy
         slope = -scale * invstd * of_weight / count
-        of_rows = torch.addcmul((-scale * of_bias / count - slope * mean).repeat(group), rows, slope.repeat(group))
-        of_x = of_rows.addcmul_(grads, scale.repeat(group)).view(x.shape[0], *x.shape[2:], channels).permute(0, 3, 1, 2)
+        offset = -scale * of_bias / count - slope * mean
+        of_x = torch.addcmul(offset[:, None, None], x, slope[:, None, None]).addcmul_(grad, scale[:, None, None])
         return of_x, of_weight, of_bias, None, None
 
 

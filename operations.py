@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import batch_norm, depthwise_conv
+from kernels import average_pool, batch_norm, depthwise_conv
 
 
 class State:
@@ -65,6 +65,16 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, h, w) -> (batch, channels, h / stride, w / stride)."""
         return depthwise_conv(x, self.weight, self.stride[0])
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """Average pooling; see `average_pool` for that of 3×3 pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, h, w) -> (batch, channels, h / stride, w / stride)."""
+        if (self.kernel_size, self.padding) == (3, 1):
+            return average_pool(x, self.stride, self.count_include_pad)
+        return super().forward(x)
 
 
 class SepConv(nn.Module):
@@ -181,7 +191,7 @@ def _identity(channels: int, stride: int) -> nn.Module:
 OPERATIONS: tuple[Operation, ...] = (
     Operation('separable conv 3x3', _sep_conv(3), 3),
     Operation('separable conv 5x5', _sep_conv(5), 5),
-    Operation('average pool 3x3', _pool(nn.AvgPool2d, 3, count_include_pad=False), 3),
+    Operation('average pool 3x3', _pool(AvgPool2d, 3, count_include_pad=False), 3),
     Operation('max pool 3x3', _pool(nn.MaxPool2d, 3), 3),
     Operation('identity', _identity, 0),
     Operation('identity', _identity, 0),
@@ -192,9 +202,9 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation('max pool 2x2', _pool(nn.MaxPool2d, 2), 2),
     Operation('max pool 3x3', _pool(nn.MaxPool2d, 3), 3),
     Operation('max pool 5x5', _pool(nn.MaxPool2d, 5), 5),
-    Operation('average pool 2x2', _pool(nn.AvgPool2d, 2), 2),
-    Operation('average pool 3x3', _pool(nn.AvgPool2d, 3), 3),
-    Operation('average pool 5x5', _pool(nn.AvgPool2d, 5), 5),
+    Operation('average pool 2x2', _pool(AvgPool2d, 2), 2),
+    Operation('average pool 3x3', _pool(AvgPool2d, 3), 3),
+    Operation('average pool 5x5', _pool(AvgPool2d, 5), 5),
 )
 
 SEARCH_SPACES: dict[str, range] = {'small': range(0, 5), 'large': range(5, 16)}  # the ids that a search may choose

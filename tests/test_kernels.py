@@ -45,6 +45,15 @@ def test_a_depthwise_convolution(batch, channels, height, width, kernel, stride,
                 F.conv2d(x.detach(), weight, stride=stride, padding=kernel // 2, groups=channels), [weight])
 
 
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 2]), st.booleans(),
+       st.sampled_from([torch.contiguous_format, torch.channels_last]))
+def test_an_average_pool(batch, channels, height, width, stride, count_include_pad, layout):
+    x = normal(batch, channels, height, width, layout=layout)
+    mine = kernels.average_pool(x, stride, count_include_pad)
+    assert ('_AveragePool' in mine.grad_fn.name()) == (min(height, width) > 1)
+    assert_same(mine, F.avg_pool2d(x, 3, stride, 1, count_include_pad=count_include_pad), [x])
+
+
 @given(st.integers(1, 4), st.sampled_from([1, 2, 3, 16, 20, 36, 42, 72, 108]), st.integers(1, 6), st.integers(2, 6),
        st.sampled_from([torch.contiguous_format, torch.channels_last]), st.floats(-100, 100), st.floats(0, 10))
 def test_a_batch_norm_by_the_batchs_statistics(batch, channels, height, width, layout, shift, spread):
@@ -73,6 +82,16 @@ def test_batch_norm_groups_pixels_where_channels_fill_no_whole_vectors(channels,
     y = kernels.batch_norm(x, zeros[0], ones[0], ones[1], zeros[1], 0.1, 1e-5)
     assert ('Grouped' in y.grad_fn.name()) == grouped
     assert y.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize('shift', [0, 1, 10, 100, 1000])
+def test_a_batch_norm_in_single_precision_is_as_exact_as_pytorchs(shift):
+    x = torch.randn(64, 20, 16, 16, generator=torch.Generator().manual_seed(0)) + shift
+    x, ones, zeros = x.contiguous(memory_format=torch.channels_last), torch.ones(20), torch.zeros(20)
+    exact = F.batch_norm(x.double(), None, None, training=True)
+    mine, theirs = (function(x, zeros.clone(), ones.clone(), ones, zeros, *options, 0.1, 1e-5) for function, options in (
+        (kernels.batch_norm, []), (F.batch_norm, [True])))
+    assert (mine - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
 
 def test_a_batch_norm_of_constant_images_stays_finite():
