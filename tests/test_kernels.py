@@ -54,6 +54,25 @@ def test_an_average_pool(batch, channels, height, width, stride, count_include_p
     assert_same(mine, F.avg_pool2d(x, 3, stride, 1, count_include_pad=count_include_pad), [x])
 
 
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(2, 9), st.integers(2, 9), st.sampled_from([1, 2]), st.booleans(),
+       st.sampled_from([torch.contiguous_format, torch.channels_last]))
+def test_convolutions_and_pools_in_single_precision(batch, channels, height, width, stride, count_include_pad, layout):
+    # for which PyTorch has other kernels, the fast ones, than for double precision
+    x, weight = normal(batch, channels, height, width, layout=layout), normal(channels, 1, 5, 5, seed=1)
+    for mine, theirs in (
+            (lambda x, weight: kernels.depthwise_conv(x, weight, stride),
+             lambda x, weight: F.conv2d(x, weight, stride=stride, padding=2, groups=channels)),
+            (lambda x, weight: kernels.average_pool(x, stride, count_include_pad) * weight[0, 0, 0, 0],
+             lambda x, weight: F.avg_pool2d(x, 3, stride, 1, count_include_pad=count_include_pad) * weight[0, 0, 0, 0])):
+        single = [each.detach().float().requires_grad_() for each in (x, weight)]
+        results, expected = mine(*single), theirs(x, weight)
+        torch.testing.assert_close(results.double(), expected, rtol=1e-4, atol=1e-4)
+        direction = normal(*expected.shape, seed=9).detach()
+        for one, other in zip(torch.autograd.grad(results, single, direction.float()),
+                              torch.autograd.grad(expected, [x, weight], direction), strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
 @given(st.integers(1, 4), st.sampled_from([1, 2, 3, 16, 20, 36, 42, 72, 108]), st.integers(1, 6), st.integers(2, 6),
        st.sampled_from([torch.contiguous_format, torch.channels_last]), st.floats(-100, 100), st.floats(0, 10))
 def test_a_batch_norm_by_the_batchs_statistics(batch, channels, height, width, layout, shift, spread):
