@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-VECTOR = 16  # channels that the kernels take at once
+ROW = 1024  # values that kernels take well in a row
 
 
 def is_plain(x: Tensor) -> bool:
@@ -112,17 +112,38 @@ def average_pool(x: Tensor, stride: int, count_include_pad: bool) -> Tensor:
     return _AveragePool.apply(x, stride, count_include_pad)
 
 
+def _slide(x: Tensor, dim: int, stride: int) -> Tensor:
+    """The maximum of each pixel (every stride-th) and its two neighbours along a dimension."""
+    x = x.movedim(dim, 0)
+    middle, left, right = x[::stride], x[stride - 1:-1:stride], x[1::stride]
+    y = torch.empty_like(middle)
+    y[len(right):] = middle[len(right):]  # has none on its right
+    torch.maximum(middle[:len(right)], right, out=y[:len(right)])
+    torch.maximum(y[1:], left, out=y[1:])
+    return y.movedim(0, dim)
+
+
+def max_pool(x: Tensor, stride: int) -> Tensor:
+    """F.max_pool2d of 3×3 pixels with a padding of 1: (batch, channels, h, w) -> (batch, channels, h / stride, ...).
+
+    Where nobody asks for the gradient, for which the place of each maximum is needed: by rows, then by columns.
+    """
+    if x.requires_grad and torch.is_grad_enabled() or not is_plain(x):
+        return F.max_pool2d(x, 3, stride, 1)
+    return _slide(_slide(x, 2, stride), 3, stride)
+
+
 class _GroupedBatchNorm(torch.autograd.Function):
     """Batch-norm by the batch's statistics; `group` pixels side by side are taken as one of group·channels channels.
 
-    PyTorch's kernels handle channels in vectors and the rest of a pixel's channels one by one, at several times the cost.
-    Here they give the statistics of each group of pixels by itself, from which those of all follow: var = the mean of the
-    variances + the variance of the means.
+    PyTorch's kernels begin anew at each pixel, and handle the channels that fill no whole vector one by one. Of long rows they
+    give the statistics of each pixel of a group by itself, from which those of all follow: var = the mean of the variances +
+    the variance of the means.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: int) -> tuple[Tensor, Tensor, Tensor]:
-        rows = x.permute(0, 2, 3, 1).view(-1, group * x.shape[1])
+        rows = _rows(x, group)
         means, variances = (values.view(group, -1) for values in torch.ops.aten.batch_norm_update_stats(rows, None, None, 0.0))
         mean = means.mean(0)
         var = (variances + (means - mean) ** 2).mean(0)
@@ -131,33 +152,47 @@ class _GroupedBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, mean, invstd, scale)
         ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(mean, var)
-        return torch.addcmul((bias - mean * scale)[:, None, None], x, scale[:, None, None]), mean, var
+        y = torch.empty_like(x)
+        torch.addcmul(_repeat(bias - mean * scale, group), rows, _repeat(scale, group), out=_rows(y, group))
+        return y, mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, mean, invstd, scale = ctx.saved_tensors
         group, channels, count = ctx.group, x.shape[1], x.numel() // x.shape[1]
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        rows, grads = (values.permute(0, 2, 3, 1).view(-1, group * channels) for values in (x, grad))
+        rows, grads = _rows(x, group), _rows(grad.contiguous(memory_format=torch.channels_last), group)
         _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            grads, rows, None, None, None, mean.repeat(group), invstd.repeat(group), True, ctx.eps, [False, True, True])
+            grads, rows, None, None, None, _repeat(mean, group), _repeat(invstd, group), True, ctx.eps, [False, True, True])
         of_weight, of_bias = (values.view(group, channels).sum(0) for values in (of_weight, of_bias))
         # dx = scale · (dy - mean(dy) - x̂ · mean(dy · x̂)), x̂ = (x - mean) · invstd, as a linear function of x and dy
         slope = -scale * invstd * of_weight / count
         offset = -scale * of_bias / count - slope * mean
-        of_x = torch.addcmul(offset[:, None, None], x, slope[:, None, None]).addcmul_(grad, scale[:, None, None])
+        of_x = torch.empty_like(x)
+        torch.addcmul(_repeat(offset, group), rows, _repeat(slope, group), out=_rows(of_x, group))
+        _rows(of_x, group).addcmul_(grads, _repeat(scale, group))
         return of_x, of_weight, of_bias, None, None
+
+
+def _rows(x: Tensor, group: int) -> Tensor:
+    """A channels-last image (batch, channels, h, w) as rows of `group` pixels, (pixels / group, group·channels)."""
+    return x.permute(0, 2, 3, 1).view(-1, group * x.shape[1])
+
+
+def _repeat(values: Tensor, group: int) -> Tensor:
+    """The channels' values for a row of `group` pixels."""
+    return values.expand(group, -1).contiguous().view(-1)
 
 
 def batch_norm(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, momentum: float,
                eps: float) -> Tensor:
     """Normalise x (batch, channels, h, w) by the statistics of the batch, with which the running ones are updated.
 
-    In groups of pixels where channels fill no whole vectors, pixels fill whole groups, and x is channels-last.
+    Where x is channels-last, in rows of as many pixels as divide x evenly and hold up to ROW values.
     """
-    count, group = x.numel() // x.shape[1], VECTOR // math.gcd(x.shape[1], VECTOR)
-    if group == 1 or count % group or not is_plain(x) or not x.is_contiguous(memory_format=torch.channels_last):
+    count = x.numel() // x.shape[1]
+    group = math.gcd(count, 1 << max(1, ROW // x.shape[1]).bit_length() - 1)
+    if group == 1 or not is_plain(x) or not x.is_contiguous(memory_format=torch.channels_last):
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
     y, mean, var = _GroupedBatchNorm.apply(x, weight, bias, eps, group)
     running_mean.lerp_(mean, momentum)

@@ -54,6 +54,20 @@ def test_an_average_pool(batch, channels, height, width, stride, count_include_p
     assert_same(mine, F.avg_pool2d(x, 3, stride, 1, count_include_pad=count_include_pad), [x])
 
 
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 2]),
+       st.sampled_from([torch.contiguous_format, torch.channels_last]), st.sampled_from([torch.float32, torch.float64]))
+def test_a_max_pool(batch, channels, height, width, stride, layout, dtype):
+    x = normal(batch, channels, height, width, layout=layout).detach().to(dtype)
+    x[0, 0, height // 2, width // 2] = torch.nan  # which a maximum must not hide
+    mine = kernels.max_pool(x, stride)
+    torch.testing.assert_close(mine, F.max_pool2d(x, 3, stride, 1), rtol=0, atol=0, equal_nan=True)
+    assert mine.is_contiguous(memory_format=layout)
+    x.requires_grad_()
+    assert 'MaxPool' in kernels.max_pool(x, stride).grad_fn.name()
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.max_pool(x, stride), mine, rtol=0, atol=0, equal_nan=True)
+
+
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(2, 9), st.integers(2, 9), st.sampled_from([1, 2]), st.booleans(),
        st.sampled_from([torch.contiguous_format, torch.channels_last]))
 def test_convolutions_and_pools_in_single_precision(batch, channels, height, width, stride, count_include_pad, layout):
@@ -92,10 +106,9 @@ def test_a_batch_norm_by_the_batchs_statistics(batch, channels, height, width, l
 
 
 @pytest.mark.parametrize('channels, size, layout, grouped', [
-    (36, 4, torch.channels_last, True), (20, 2, torch.channels_last, True), (72, 4, torch.channels_last, True),
-    (16, 4, torch.channels_last, False), (144, 4, torch.channels_last, False),  # whole vectors: PyTorch's own is fast
-    (36, 4, torch.contiguous_format, False), (36, 3, torch.channels_last, False)])  # 18 pixels are no whole groups of 4
-def test_batch_norm_groups_pixels_where_channels_fill_no_whole_vectors(channels, size, layout, grouped):
+    (36, 4, torch.channels_last, True), (144, 4, torch.channels_last, True), (36, 3, torch.channels_last, True),
+    (36, 4, torch.contiguous_format, False), (1024, 4, torch.channels_last, False)])  # a pixel fills a row
+def test_batch_norm_groups_pixels_to_long_rows(channels, size, layout, grouped):
     x = torch.randn(2, channels, size, size, requires_grad=True).contiguous(memory_format=layout)
     zeros, ones = torch.zeros(4, channels), torch.ones(4, channels)
     y = kernels.batch_norm(x, zeros[0], ones[0], ones[1], zeros[1], 0.1, 1e-5)
