@@ -161,6 +161,10 @@ def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         status, line = 130, f'{program}: interrupted' + '; the same command goes on from the last checkpoint' * goes_on
+    except RuntimeError as error:
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+            raise
+        status, line = 1, f'{program}: stopped: another process has ended, which will have said why'
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

@@ -201,6 +201,23 @@ def test_a_mistake_is_told_once_whoever_makes_it(flags, preamble, words, few, tm
     assert not (tmp_path / 'out').exists() or files(tmp_path / 'out') == []
 
 
+@pytest.mark.parametrize('culprit', [0, 1])
+def test_the_others_stop_in_one_line_when_one_process_meets_a_mistake(culprit, few, tmp_path):
+    result = torchrun(2, 'train_cifar.py', *CIFAR, '--epochs=1', f'--output_dir={tmp_path / "out"}', preamble=f"""{few}
+import os, utils
+real = utils.train_epoch
+def train_epoch(*args, **kwargs):
+    if os.environ['RANK'] == '{culprit}':
+        raise datasets.DataError('1.png is broken')
+    return real(*args, **kwargs)
+utils.train_epoch = train_epoch
+""").wait()
+    assert result.status != 0
+    assert 'train_cifar.py: error: 1.png is broken' in result.err.splitlines()
+    # the other one may be stopped by the launcher before it notices; its own words, if any, are a line
+    assert 'gloo' not in result.err and 'utils.py", line' not in result.err, result.err
+
+
 # ----------------------------------------------------------------------------------------------- several GPUs, one process
 
 def a_run(tmp_path, **values):
