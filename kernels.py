@@ -128,7 +128,7 @@ def max_pool(x: Tensor, stride: int) -> Tensor:
 
     Where nobody asks for the gradient, for which the place of each maximum is needed: by rows, then by columns.
     """
-    if x.requires_grad and torch.is_grad_enabled() or not is_plain(x):
+    if (x.requires_grad and torch.is_grad_enabled()) or not is_plain(x):
         return F.max_pool2d(x, 3, stride, 1)
     return _slide(_slide(x, 2, stride), 3, stride)
 
