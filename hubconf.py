@@ -26,13 +26,11 @@ def naonet(arch: str | None = None, checkpoint: str | Path | None = None, *, ima
     weights are loaded, whatever is not given comes from it; else layers 6 and channels 36, or on ImageNet 4 and 42. Raises
     utils.UserError.
     """
-    state: dict[str, Any] = utils.load_checkpoint(checkpoint) if checkpoint else {'args': {}, 'model': {}}
-    if 'phase' in state:
-        raise utils.UserError(f'{checkpoint}: is the checkpoint of a search; train an architecture of its arch_pool first')
+    state: dict[str, Any] = utils.load_network_checkpoint(checkpoint) if checkpoint else {'args': {}, 'model': {}}
     args, weights = state['args'], state['model']
     arch = arch or utils.architecture_of(state)
     if not arch:
-        raise utils.UserError('the checkpoint does not name its architecture; give arch' if checkpoint else
+        raise utils.UserError(f'{checkpoint}: does not name its architecture; give arch' if checkpoint else
                               'give arch, or a checkpoint that names its architecture')
     try:
         parsed = architecture.read(arch, args.get('arc_index') or 0)

@@ -63,7 +63,7 @@ class _WideDepthwiseConv(torch.autograd.Function):
             return torch.ops.aten.convolution_backward(grad, x, weight, None, [ctx.stride] * 2, padding, [1, 1], False, [0, 0],
                                                        len(weight), [*of, False])
         columns = torch.empty_like(weight)
-        for first, padding in ((0, (2, 0)), (2, (0, 2))):  # columns 0-2 see x moved right by two pixels, columns 2-4 left
+        for first, padding in ((0, (2, 0)), (2, (0, 2))):  # columns 0-2, then 2-4: the middle one comes out the same twice
             place = slice(first, first + 3)
             columns[..., place] = gradients(F.pad(x, padding), weight[..., place], [2, 0], False, True)[1]
         return gradients(x, weight, [2, 2], True, False)[0] if ctx.needs_input_grad[0] else None, columns, None
@@ -115,10 +115,10 @@ def average_pool(x: Tensor, stride: int, count_include_pad: bool) -> Tensor:
 def _slide(x: Tensor, dim: int, stride: int) -> Tensor:
     """The maximum of each pixel (every stride-th) and its two neighbours along a dimension."""
     x = x.movedim(dim, 0)
-    middle, left, right = x[::stride], x[stride - 1:-1:stride], x[1::stride]
+    middle, right, left = x[::stride], x[1::stride], x[stride - 1:-1:stride]  # the first has none on its left
     y = torch.empty_like(middle)
-    y[len(right):] = middle[len(right):]  # has none on its right
     torch.maximum(middle[:len(right)], right, out=y[:len(right)])
+    y[len(right):] = middle[len(right):]  # the last may have none on its right
     torch.maximum(y[1:], left, out=y[1:])
     return y.movedim(0, dim)
 
@@ -188,10 +188,10 @@ def batch_norm(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Ten
                eps: float) -> Tensor:
     """Normalise x (batch, channels, h, w) by the statistics of the batch, with which the running ones are updated.
 
-    Where x is channels-last, in rows of as many pixels as divide x evenly and hold up to ROW values.
+    Where x is channels-last, in rows of as many pixels (a power of two) as divide x evenly and hold up to ROW values.
     """
     count = x.numel() // x.shape[1]
-    group = math.gcd(count, 1 << max(1, ROW // x.shape[1]).bit_length() - 1)
+    group = math.gcd(count, 2 ** int(math.log2(max(1, ROW // x.shape[1]))))
     if group == 1 or not is_plain(x) or not x.is_contiguous(memory_format=torch.channels_last):
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
     y, mean, var = _GroupedBatchNorm.apply(x, weight, bias, eps, group)

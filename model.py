@@ -145,10 +145,10 @@ class ImageNetStem:
 
     def make_stem(self, channels: int) -> list[Shape]:
         """Add the stem's modules; return the shapes of cell 0's inputs."""
+        half = max(1, channels // 2)
         self.stem0 = nn.Sequential(
-            nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False), BatchNorm2d(channels // 2),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, bias=False), BatchNorm2d(channels))
+            nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), BatchNorm2d(half), nn.ReLU(inplace=True),
+            nn.Conv2d(half, channels, 3, stride=2, padding=1, bias=False), BatchNorm2d(channels))
         self.stem1 = nn.Sequential(
             nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False), BatchNorm2d(channels))
         return [(2, channels), (3, channels)]

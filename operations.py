@@ -24,11 +24,15 @@ class State:
         self.derived: dict[Hashable, Tensor] = {}
 
     def derive(self, key: Hashable, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """function(raw), kept under `key`; without gradients, which would hold it anyway, it is not kept but made anew."""
+        """function(raw), kept under `key` for the next who asks.
+
+        Without gradients it is made anew each time: kept, it would cost memory that only gradients need anyway. Who traces
+        sees the same graph with gradients and without.
+        """
         if key in self.derived:
             return self.derived[key]
         value = function(self.raw)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.jit.is_tracing():
             self.derived[key] = value
         return value
 

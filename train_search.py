@@ -228,6 +228,8 @@ def open_imagenet(args: argparse.Namespace, run: utils.Run) -> Task:
                                                             utils.processes_here(), run.is_first, validates=False)
     order = torch.randperm(len(train_files), generator=torch.Generator().manual_seed(args.seed))
     split = int(TRAIN_SHARE * len(order))
+    if not split:
+        raise utils.UserError(f'--data={args.data}: a search needs at least 2 images in train, of which it validates with some')
 
     def train_batches(run: utils.Run) -> Iterable:
         return datasets.FileBatches(train_files, args.child_batch_size, run.device, args.workers, order[:split],
@@ -347,9 +349,12 @@ class Search:
             getattr(self, self.phase)()
             self.save()
         final = self.run.output_dir / 'arch_pool.final'
-        best = final.read_text().splitlines() if final.exists() else []
-        if best:
-            self.run.log(f'finished: the best architecture is {best[0]}; the ranked ones are in {final}, best first')
+        if final.exists():
+            self.run.log(f'finished: the best architecture is {final.read_text().splitlines()[0]}; the ranked ones are in '
+                         f'{final}, best first')
+        else:
+            self.run.log(f'finished: none was trained from scratch to be ranked; the best by its score is {self.pool[0]}, the '
+                         f'first of {self.run.output_dir / "arch_pool"}')
 
     def write_pool(self, suffix: str, pool: Sequence, accuracies: Sequence[float] | None = None) -> None:
         """Write arch_pool{suffix}, and arch_pool.perf{suffix} where there are accuracies."""
@@ -410,13 +415,14 @@ class Search:
         return [self.vocabulary.decode(tokens) for tokens in new]
 
     def rank(self) -> None:
-        """Train the best architectures from scratch, as the found one will be, and write arch_pool.final."""
+        """Train the best architectures from scratch, as the found one will be, and write arch_pool.final, if there are any."""
         best = self.pool[:self.args.child_rank_count]
         accuracies = self.train_all('rank', best, RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB, True, self.task.rank_options)
         for index, (arch, accuracy) in enumerate(zip(best, accuracies, strict=True)):
             self.run.write_metrics(kind='rank', index=index, accuracy=accuracy, arch=str(arch))
         ranked = sorted(zip(accuracies, best, strict=True), key=lambda pair: -pair[0])
-        self.write_pool('.final', [arch for _, arch in ranked], [accuracy for accuracy, _ in ranked])
+        if ranked:
+            self.write_pool('.final', [arch for _, arch in ranked], [accuracy for accuracy, _ in ranked])
         self.phase = 'done'
 
     def train_all(self, kind: str, archs: Sequence[Architecture], keep_prob: float, drop_path_keep_prob: float,

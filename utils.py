@@ -590,31 +590,35 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_madds(model: nn.Module, image_size: int, *extras: Any) -> int:
-    """Multiply-adds of the convolutions and linear layers for one image; `extras` go to the model after the image."""
-    device = next(model.parameters()).device
-    was_training, zeros = model.training, []
+    """Multiply-adds of the convolutions and linear layers for one image; `extras` go to the model after the image.
+
+    They are counted on a copy without values, where no other operation is computed as a convolution (see kernels.py).
+    """
+    model, zeros = copy.deepcopy(model).to('meta').eval(), []
 
     def count_zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         zeros.append(3 * inputs[0].shape[1] * output.numel())  # three of the four pixels of its 2×2 convolution
-    hooks = [module.register_forward_hook(count_zeros) for module in model.modules() if isinstance(module, FactorizedReduce)]
-    model.eval()
+    for module in model.modules():
+        if isinstance(module, FactorizedReduce):
+            module.register_forward_hook(count_zeros)
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device=device), *extras)
-    model.train(was_training)
-    for hook in hooks:
-        hook.remove()
+        model(torch.zeros(1, 3, image_size, image_size, device='meta'), *extras)
     return counter.get_total_flops() // 2 - sum(zeros)
 
 
 def seconds_of(run: Run, function: Callable[[], Any]) -> float:
-    """Seconds that a call takes once it has been warmed up; the default random generators are left as they were."""
+    """Seconds that a call takes once it has been warmed up, the better of two; the default random generators stay as they
+    were.
+    """
+    seconds = []
     with torch.random.fork_rng(devices=[run.device] if run.device.type == 'cuda' else []):
-        for _ in range(2):
+        for _ in range(3):
             start = time.perf_counter()
             function()
             if run.device.type == 'cuda':
                 torch.cuda.synchronize(run.device)
-    return time.perf_counter() - start
+            seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -665,6 +669,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f'{path}: is not a checkpoint of this project: a dict with "model" and "args" is needed')
     state['args'] = args
     state['model'] = {name.removeprefix('module.'): value for name, value in state['model'].items()}
+    return state
+
+
+def load_network_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read the checkpoint of one architecture's network; raises UserError, also if it is that of a search."""
+    state = load_checkpoint(path)
+    if 'phase' in state:
+        raise UserError(f'{path}: is the checkpoint of a search; train an architecture of its arch_pool, into another place')
     return state
 
 
@@ -917,7 +929,7 @@ def parse_training_arguments(parser: Parser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.mode == 'test':
         path = args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt'
-        state = load_checkpoint(path)
+        state = load_network_checkpoint(path)
         saved = state['args'] | {'fixed_arc': architecture_of(state)}
         known = [f'--{name}={saved[name]}' for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
                  if saved.get(name) is not None and hasattr(args, name)]
@@ -946,7 +958,7 @@ def read_architecture(args: argparse.Namespace) -> architecture.Architecture:
 def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Iterable) -> dict[str, float]:
     """Evaluate checkpoint_best.pt, or --checkpoint, and log its errors; build(use_aux_head) makes the network."""
     path = run.args.checkpoint or run.output_dir / 'checkpoint_best.pt'
-    weights = load_checkpoint(path)['model']
+    weights = load_network_checkpoint(path)['model']
     model = run.place(build(any(name.startswith('auxiliary_head.') for name in weights)))
     load_model(model, weights, path)
     values = evaluate(run, model, eval_batches)
@@ -968,7 +980,7 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     if run.args.compile:
         run.compile_cells(model)
     optimizer = sgd(run, model, l2_reg)
-    state = run.together(lambda: load_checkpoint(path) if path.exists() else None)
+    state = run.together(lambda: load_network_checkpoint(path) if path.exists() else None)
     if state:
         load_model(model, state['model'], path)
         load_optimizer(optimizer, state['optimizer'])

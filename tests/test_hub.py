@@ -63,7 +63,7 @@ def test_a_wrong_checkpoint_is_one_line(tmp_path):
 def test_networks_are_traced(imagenet):
     # in double precision, as what is traced or exported rounds in another way (see kernels.is_plain)
     network, images = (each.double() for each in tiny(hubconf.naonet, EVERY_OPERATION, imagenet=imagenet))
-    traced = torch.jit.trace(network, images, check_trace=False)
+    traced = torch.jit.trace(network, images)
     torch.testing.assert_close(traced(with_flipped(images))[0], network(with_flipped(images))[0])
 
 

@@ -225,6 +225,11 @@ def test_table(runs, tmp_path):
     assert done.returncode == 2 and len(done.stdout.splitlines()) == 2 and len(done.stderr.splitlines()) == 1
 
 
+def test_table_looks_into_a_directory_of_runs(runs):
+    assert output('tools/table.py', runs) == output('tools/table.py', *sorted(
+        path.parent for path in runs.glob('*/metrics.jsonl')))
+
+
 def test_a_search_the_complete_way(runs, tmp_path):
     """It has no epochs but rounds, and no network in its checkpoint."""
     metrics = [json.loads(line) for line in (runs / 'search' / 'metrics.jsonl').read_text().splitlines()]

@@ -376,12 +376,15 @@ def test_a_cut_off_checkpoint_is_refused_and_kept(mode, trained, few, tmp_path):
 
 
 def test_a_checkpoint_of_another_program_is_refused(trained, few, tmp_path):
-    """Weights only, as a user may have saved them; and the data set of a published ImageNet checkpoint."""
+    """Weights only, as a user may have saved them; the data set of a published ImageNet checkpoint; a search's."""
     torch.save(load(trained[0] / 'checkpoint.pt')['model'], tmp_path / 'weights.pt')
     torch.save(load(trained[0] / 'checkpoint.pt') | {'args': {'dataset': 'imagenet', 'arch': TINY}}, tmp_path / 'imagenet.pt')
-    for name, words in (('weights.pt', ['is not a checkpoint']), ('imagenet.pt', ['imagenet', '--dataset'])):
+    torch.save(load(trained[0] / 'checkpoint.pt') | {'phase': 'train'}, tmp_path / 'checkpoint.pt')
+    for name, words in (('weights.pt', ['is not a checkpoint']), ('imagenet.pt', ['imagenet', '--dataset']),
+                        ('checkpoint.pt', ['of a search', 'arch_pool'])):
         result = run(PROGRAM, '--mode=test', '--device=cpu', f'--checkpoint={name}', cwd=tmp_path, preamble=few)
         assert_user_error(result, name, *words)
+    assert_user_error(run(PROGRAM, *FLAGS, f'--output_dir={tmp_path}', preamble=few), 'of a search', 'another place')
 
 
 @pytest.mark.parametrize('batch_size', [16, 80])  # 80: one step an epoch, after which the weights are broken

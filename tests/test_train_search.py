@@ -400,7 +400,7 @@ def test_a_search_and_a_training_do_not_take_each_others_checkpoints(searched, f
     assert run(*train, f'--output_dir={tmp_path}', preamble=few).status == 0
     assert_user_error(run(PROGRAM, *FLAGS, f'--output_dir={tmp_path}', preamble=few), tmp_path,
                       'not the checkpoint of a search', '--output_dir')
-    assert_user_error(run(*train, f'--output_dir={searched[0]}', preamble=few), searched[0], 'another architecture')
+    assert_user_error(run(*train, f'--output_dir={searched[0]}', preamble=few), searched[0], 'is the checkpoint of a search')
 
 
 def test_a_cut_off_checkpoint_is_refused_and_kept(searched, few, tmp_path):

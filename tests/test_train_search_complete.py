@@ -154,7 +154,7 @@ def test_no_process_idles_while_candidates_remain(few, tmp_path):
     assert result.status == 0, result
     fast, slow = (len(lines(tmp_path, f'results.{rank}.jsonl')) for rank in (0, 1))
     assert fast > slow >= 1
-    assert (tmp_path / 'arch_pool.final').read_text() == ''
+    assert not (tmp_path / 'arch_pool.final').exists()
 
 
 def test_when_a_process_dies_only_its_candidate_is_trained_again(searched, few, tmp_path):
@@ -348,6 +348,14 @@ def images(tmp_path_factory):
     return folder
 
 
+def test_one_image_is_too_few_to_search(tmp_path):
+    write_images(tmp_path / 'train', {'only': 1})
+    result = run(PROGRAM, '--dataset=imagenet', '--method=NAO-WS', f'--data={tmp_path}', '--lazy_load', *SIZES,
+                 f'--output_dir={tmp_path / "out"}')
+    assert_user_error(result, f'--data={tmp_path}', 'at least 2 images')
+    assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('method, workers', [('NAO-WS', 0), ('NAO', 1)])
 def test_a_search_on_a_folder_of_images(method, workers, images, tmp_path):
     """36 images of train/ train, 4 validate; valid/ is not asked for."""
@@ -356,8 +364,9 @@ def test_a_search_on_a_folder_of_images(method, workers, images, tmp_path):
              '--child_eval_batch_size=4', '--controller_seed_arch=4', '--controller_new_arch=2', '--child_lr=0.05']
     result = run(PROGRAM, *flags, f'--output_dir={tmp_path}')
     assert result.status == 0, result
-    assert 'finished' not in result.out and (tmp_path / 'arch_pool.final').read_text() == ''
     pool = lines(tmp_path, 'arch_pool')
+    assert f'the best by its score is {pool[0]}, the first of {tmp_path}' in result.out
+    assert not (tmp_path / 'arch_pool.final').exists()
     assert all(parse(line, 1, SEARCH_SPACES['large' if method == 'NAO' else 'small']) for line in pool)
     if method == 'NAO-WS':
         assert [line['lr'] for line in metrics(tmp_path) if line['kind'] == 'epoch'] == pytest.approx([0.05, 0.05 * 0.97])

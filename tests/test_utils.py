@@ -94,6 +94,13 @@ def test_multiply_adds_of_a_layer_and_of_a_path():
     assert utils.count_madds(model, 8, heavy) > utils.count_madds(model, 8, light) > 0
 
 
+def test_multiply_adds_are_those_of_the_operations_not_of_their_faster_forms():
+    arch = ' '.join(f'{side} {side + 2}' for side in (0, 1, 1, 0) * 2)  # average and max pools alone
+    with torch.device('meta'):
+        wanted = utils.count_madds(NASNetworkCIFAR(10, 1, 2, 4, 1.0, 1.0, False, 1, arch), 32)
+    assert utils.count_madds(NASNetworkCIFAR(10, 1, 2, 4, 1.0, 1.0, False, 1, arch), 32) == wanted
+
+
 def test_counting_leaves_the_random_numbers_alone():
     model = NASNetworkCIFAR(10, 1, 1, 2, 0.5, 0.5, True, 1, '0 0 1 1 0 4 1 4')
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()

@@ -2,6 +2,7 @@
 
     python tools/table.py exp/*
 
+Of a directory that only holds runs, such as exp/quickstart, each is a row.
 A search's error is that of its best architecture on the validation split; its sizes are those of that architecture's
 network as the search trains it from scratch.
 """
@@ -46,6 +47,12 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
     return '\n'.join(lines)
 
 
+def runs_in(path: Path) -> list[Path]:
+    """The directory of a run itself, or those of the runs that it holds."""
+    inner = sorted(metrics.parent for metrics in path.glob('*/metrics.jsonl'))
+    return inner if inner and not (path / 'metrics.jsonl').exists() else [path]
+
+
 def parse_args() -> argparse.Namespace:
     """The program's flags."""
     parser = utils.Parser('Compare runs in a table.', 'RUN ...')
@@ -56,9 +63,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Print the table; what cannot be read is named on a line of its own and makes the status 2."""
     rows, mistakes = [HEADER], []
-    for path in parse_args().runs:
+    for directory in (run for path in parse_args().runs for run in runs_in(path)):
         try:
-            rows.append(row(RunFiles(path)))
+            rows.append(row(RunFiles(directory)))
         except utils.UserError as error:
             mistakes.append(str(error))
     if len(rows) > 1:
