@@ -410,7 +410,7 @@ class Search:
         known = [self.vocabulary.encode(arch) for arch in self.pool]
         new, per_lambda = self.run.together(lambda: controller.propose(
             self.naos, self.tokens(self.pool[:self.settings.top]), known, count, self.settings))
-        self.run.log(f'{len(new)} new architectures, per λ: {per_lambda}')
+        self.run.log(f'{len(new)} new architectures; written per λ: {per_lambda}')
         self.run.write_metrics(kind='new', epoch=self.number(), new=len(new), per_lambda=per_lambda)
         return [self.vocabulary.decode(tokens) for tokens in new]
 

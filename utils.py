@@ -69,7 +69,8 @@ class OneLineHelp(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=50, width=1000)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if any(action.default is none for none in (None, False, argparse.SUPPRESS)) or not action.option_strings:
+        says_it = '(default' in (action.help or '')
+        if says_it or any(action.default is none for none in (None, False, argparse.SUPPRESS)) or not action.option_strings:
             return action.help
         return super()._get_help_string(action)
 
