@@ -190,9 +190,10 @@ def batch_norm(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Ten
 
     Where x is channels-last, in rows of as many pixels (a power of two) as divide x evenly and hold up to ROW values.
     """
-    count = x.numel() // x.shape[1]
-    group = math.gcd(count, 2 ** int(math.log2(max(1, ROW // x.shape[1]))))
-    if group == 1 or not is_plain(x) or not x.is_contiguous(memory_format=torch.channels_last):
+    count, group = x.numel() // x.shape[1], 1
+    if is_plain(x) and x.is_contiguous(memory_format=torch.channels_last):
+        group = math.gcd(count, 2 ** int(math.log2(max(1, ROW // x.shape[1]))))
+    if group == 1:
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
     y, mean, var = _GroupedBatchNorm.apply(x, weight, bias, eps, group)
     running_mean.lerp_(mean, momentum)
