@@ -349,9 +349,9 @@ class Search:
             getattr(self, self.phase)()
             self.save()
         final = self.run.output_dir / 'arch_pool.final'
-        if final.exists():
-            self.run.log(f'finished: the best architecture is {final.read_text().splitlines()[0]}; the ranked ones are in '
-                         f'{final}, best first')
+        best = final.read_text().splitlines() if self.args.child_rank_count and final.exists() else []
+        if best:
+            self.run.log(f'finished: the best architecture is {best[0]}; the ranked ones are in {final}, best first')
         else:
             self.run.log(f'finished: none was trained from scratch to be ranked; the best by its score is {self.pool[0]}, the '
                          f'first of {self.run.output_dir / "arch_pool"}')
