@@ -194,7 +194,8 @@ class NAO(nn.Module):
     def forward(self, sequence: Tensor, decoder_input: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Sequences (batch, length) -> predictions (batch, 1), log-probabilities (batch, length, vocab), tokens.
 
-        decoder_input: the shifted target (see `shift`) for teacher forcing; None decodes greedily, legal tokens only, without gradients.
+        decoder_input: the shifted target (see `shift`) for teacher forcing; None decodes greedily, legal tokens only,
+        without gradients.
         """
         memory = self.encoder(sequence)
         embedding = self.encoder.embed(memory)
