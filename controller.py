@@ -222,6 +222,8 @@ class NAO(nn.Module):
 
         direction: '+' for better architectures, '-' for worse ones. (Paper, equation 2 of section 3.4.)
         """
+        if direction not in ('+', '-'):
+            raise ValueError(f"direction={direction!r} is neither '+' nor '-'")
         memory = self.encoder(sequence)
         with torch.enable_grad():
             memory.requires_grad_()

@@ -303,7 +303,7 @@ def find_images(root: Path, part: str, zipped: bool) -> tuple[Path, list[tuple[s
     """
     names = ('valid', 'val') if part == 'valid' else (part,)
     places = [root / (f'{name}.zip' if zipped else name) for name in names]
-    place = next((place for place in places if place.exists()), None)
+    place = next((place for place in places if os.path.exists(place)), None)
     if place is None:
         kind = 'a zip' if zipped else 'a folder'
         raise DataError(f'--data={root}: there is no {" or ".join(place.name for place in places)}; {kind} of images in '

@@ -195,7 +195,7 @@ class Backbone(nn.Module):
         """
         if not self.training or self.drop_path_keep_prob >= 1:
             return None
-        progress = 1.0 if step is None else (step + 1) / self.steps
+        progress = 1.0 if step is None else min(1.0, (step + 1) / self.steps)
         keep = 1 - self.depth * (progress * (1 - self.drop_path_keep_prob))
         masks = torch.bernoulli(keep.expand(-1, 2 * self.nodes, images.shape[0])) / keep
         return masks[..., None, None, None]

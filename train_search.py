@@ -43,6 +43,8 @@ TRAIN_SHARE = 0.9  # of the training images; the rest validates
 IMAGENET_RANK_STEPS = 500  # of training one of the best from scratch on ImageNet
 RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB = 0.6, 0.8  # of the final trainings from scratch
 
+FLAGS = '--child_channels, --child_layers, --child_nodes, --search_space and --controller_*'  # that decide parameters
+
 
 def lambdas(text: str) -> tuple[float, ...]:
     """The argparse type of --controller_lambdas: a list of step sizes such as [10,20,30]."""
@@ -164,8 +166,8 @@ def parse_args() -> argparse.Namespace:
         parser.set_defaults(**{f'controller_{name}': value for name, value in preset._asdict().items()})
     args = parser.parse_args()
     if args.method == 'NAO-WS' and args.search_space != 'small':
-        raise utils.UserError('--search_space=large: the weight-sharing network has the operations of the small space; use '
-                              '--method=NAO for the large one')
+        raise utils.UserError(f'--search_space={args.search_space}: the weight-sharing network has the operations of the small '
+                              'space; use --method=NAO for others')
     if args.controller_encoder_hidden_size != args.controller_decoder_hidden_size:
         raise utils.UserError('--controller_encoder_hidden_size and --controller_decoder_hidden_size must be equal: the '
                               'decoder starts from the embedding')
@@ -276,11 +278,12 @@ class Search:
 
     phases: tuple[str, ...]
     fields: tuple[str, ...] = ('phase', 'accuracies', 'fits')  # what a checkpoint holds beside networks and pool
+    extent: str  # the flag that says how long the search goes on
 
     def __init__(self, args: argparse.Namespace, run: utils.Run):
         self.args, self.run = args, run
         self.vocabulary = architecture.vocabulary(args.child_nodes, args.search_space)
-        self.pool = self.first_pool()
+        self.pool = [] if os.path.exists(self.checkpoint) else self.first_pool()
         self.accuracies: list[float] = []
         self.task = (open_imagenet if args.dataset == 'imagenet' else open_small_images)(args, run)
         allowed = self.vocabulary.allowed_tokens
@@ -315,27 +318,39 @@ class Search:
 
     def load(self) -> dict[str, Any] | None:
         """Go on from the checkpoint in the output directory, if there is one; returns it."""
-        state = self.run.together(lambda: utils.load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None)
+        state = self.run.together(lambda: utils.load_checkpoint(self.checkpoint) if os.path.exists(self.checkpoint) else None)
         if state is None:
             return None
         if state.get('phase') not in (*self.phases, 'done'):
             raise utils.UserError(f'{self.checkpoint} is not the checkpoint of a search by --method={self.args.method}; name '
                                   'another --output_dir')
+        utils.require(state, ('controller', 'pool', 'optimizer', 'args', 'random', 'scaler', 'metrics_bytes', *self.fields),
+                      self.checkpoint)
         if len(state['controller']) != len(self.naos):
             raise utils.UserError(f'{self.checkpoint} has {len(state["controller"])} controllers; give the '
                                   '--controller_members and --controller_preset that the search began with')
         for nao, weights in zip(self.naos, state['controller'], strict=True):
-            utils.load_model(nao, weights, self.checkpoint)
+            utils.load_model(nao, weights, self.checkpoint, FLAGS)
         self.pool = [architecture.parse(line) for line in state['pool']]
         for name in self.fields:
             setattr(self, name, state[name])
+        if self.phase == 'done':
+            self.phase = self.reopen(state['args'])
         self.resumed = {name: state[name] for name in ('args', 'random', 'scaler', 'metrics_bytes')}
         return state
+
+    def reopen(self, saved: dict[str, Any]) -> str:
+        """The phase in which a finished search goes on if the flags ask for more than those `saved` did; else 'done'."""
+        if saved.get(self.extent, math.inf) < getattr(self.args, self.extent):
+            return 'fit'
+        ranked = self.results('rank')
+        return 'done' if all(str(arch) in ranked for arch in self.pool[:self.args.child_rank_count]) else 'rank'
 
     def save(self, **more: Any) -> None:
         """Write the checkpoint."""
         state = self.run.state() | {
-            'model': {}, 'controller': [nao.state_dict() for nao in self.naos], 'pool': [str(arch) for arch in self.pool],
+            'model': {}, 'optimizer': {}, 'epoch': self.number(), 'step': 0,
+            'controller': [nao.state_dict() for nao in self.naos], 'pool': [str(arch) for arch in self.pool],
             'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
         utils.save_checkpoint(self.run, state | {name: getattr(self, name) for name in self.fields} | more, self.checkpoint)
 
@@ -480,10 +495,10 @@ class Search:
         network = run.place(task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels, keep_prob,
                                          drop_path_keep_prob, use_aux_head, steps, arch))
         optimizer, state = utils.sgd(run, network, args.child_l2_reg), None
-        if path.exists():
+        if os.path.exists(path):
             state = utils.load_checkpoint(path)
-            utils.load_model(network, state['model'], path)
-            utils.load_optimizer(optimizer, state['optimizer'])
+            utils.load_model(network, state['model'], path, FLAGS)
+            utils.load_optimizer(optimizer, state['optimizer'], path)
 
         def after_epoch(epoch: int, step: int, training: dict, evaluation: dict) -> None:
             if epoch < options['epochs']:
@@ -491,6 +506,8 @@ class Search:
                                                           'epoch': epoch, 'step': step}, path)
         values = utils.fit(run, network, optimizer, batches, task.valid_batches(run), title=title, split='valid', state=state,
                            after_epoch=after_epoch, grad_bound=args.child_grad_bound, label_smooth=task.label_smooth, **options)
+        if not values:  # it was resumed with no more epochs than it had done
+            values = utils.evaluate(run, network, task.valid_batches(run))
         return values['top1'] / 100
 
     def seconds_of_step(self, network: torch.nn.Module, batch_size: int, *extras: Any) -> float:
@@ -506,15 +523,20 @@ class Search:
 
     def log_cost(self, parts: list[tuple[str, float, int]]) -> None:
         """Log the formula of the search's cost, of (what, seconds of one, how many) parts, and its estimate."""
+        if self.phase == 'done':
+            return
         batch = self.tokens(self.pool[:self.settings.batch_size])
         nao = copy.deepcopy(self.naos[0])
 
         def fit_step() -> None:
             prediction, log_probs = nao.reconstruct(batch)
             (prediction.sum() + log_probs.sum()).backward()
-        epochs = sum(controller.fit_epochs(self.settings, len(self.pool), not index) for index in range(self.rounds()))
-        steps = self.settings.members * epochs * math.ceil(len(self.pool) / self.settings.batch_size)
-        parts = [*parts, (f'{steps} steps of {self.rounds()} fits', utils.seconds_of(self.run, fit_step), steps)]
+        sizes, expand = self.fitted(), self.args.controller_expand
+        counts = [(size - size // 10) * expand for size in sizes] if expand else sizes
+        steps = self.settings.members * sum(
+            controller.fit_epochs(self.settings, count, not index) * math.ceil(count / self.settings.batch_size)
+            for index, count in enumerate(counts))
+        parts = [*parts, (f'{steps} steps of {len(sizes)} fits', utils.seconds_of(self.run, fit_step), steps)]
         total = sum(seconds * count for _, seconds, count in parts)
         terms = ' + '.join(f'{what} ({seconds:.3g} s each)' for what, seconds, _ in parts)
         self.run.log(f'cost, measured at the start: {terms}: about {datetime.timedelta(seconds=round(total))} in all')
@@ -525,6 +547,7 @@ class WeightSharingSearch(Search):
 
     phases = ('train', 'score', 'fit', 'propose', 'rank')
     fields = (*Search.fields, 'epoch', 'step')
+    extent = 'child_epochs'
 
     def __init__(self, args: argparse.Namespace, run: utils.Run):
         super().__init__(args, run)
@@ -539,8 +562,9 @@ class WeightSharingSearch(Search):
         """Go on from the checkpoint in the output directory, if there is one; returns it."""
         state = super().load()
         if state:
-            utils.load_model(self.supernet, state['model'], self.checkpoint)
-            utils.load_optimizer(self.optimizer, state['optimizer'])
+            utils.load_model(self.supernet, state['model'], self.checkpoint, FLAGS)
+            utils.load_optimizer(self.optimizer, state['optimizer'], self.checkpoint)
+            self.step = self.epoch * len(self.batches)  # in today's steps, see utils.fit
         return state
 
     def save(self, **more: Any) -> None:
@@ -563,15 +587,17 @@ class WeightSharingSearch(Search):
         args, image_size = self.args, self.task.valid_batches(self.run).size
         self.run.log_start(self.supernet, utils.count_madds(self.supernet, image_size, self.pool[0]))
         scored, steps = copy.deepcopy(self.supernet).eval(), len(self.batches)
-        images = torch.zeros(args.child_eval_batch_size, 3, image_size, image_size, device=self.run.device)
-        labels = torch.zeros(args.child_eval_batch_size, device=self.run.device)
+        count = min(args.child_eval_batch_size, self.task.valid_batches(self.run).count)
+        images = torch.zeros(count, 3, image_size, image_size, device=self.run.device)
+        labels = torch.zeros(count, device=self.run.device)
         score = utils.seconds_of(self.run, lambda: score_pool(self.run.alone(), scored, self.pool[:1], images, labels))
         step = self.seconds_of_step(self.supernet, args.child_batch_size, self.pool[0])
         ranked = min(args.child_rank_count, len(self.pool)) * self.task.rank_options['epochs']
-        rank_steps = self.task.rank_options.get('max_steps', steps)
+        rank_steps = min(steps, self.task.rank_options.get('max_steps', steps))
+        scorings = len(self.fitted()) + 1
         self.log_cost([
             (f'{args.child_epochs} epochs of {steps} steps', step, args.child_epochs * steps),
-            (f'{self.rounds() + 1} scorings of {len(self.pool)} architectures', score, (self.rounds() + 1) * len(self.pool)),
+            (f'{scorings} scorings of {len(self.pool)} architectures', score, scorings * len(self.pool)),
             (f'{ranked} epochs of {rank_steps} steps of the best', step, ranked * rank_steps)])
 
     def search(self) -> None:
@@ -580,9 +606,9 @@ class WeightSharingSearch(Search):
         self.clock = utils.Clock(self.step, self.args.child_epochs * len(self.batches))
         super().search()
 
-    def rounds(self) -> int:
-        """How often the controller is fitted."""
-        return sum(self.is_scored(epoch) for epoch in range(1, self.args.child_epochs))
+    def fitted(self) -> list[int]:
+        """How many architectures the controller is fitted to, each time."""
+        return [len(self.pool) for epoch in range(1, self.args.child_epochs) if self.is_scored(epoch)]
 
     def is_scored(self, epoch: int) -> bool:
         """Whether the pool is scored after so many epochs."""
@@ -592,6 +618,9 @@ class WeightSharingSearch(Search):
     def train(self) -> None:
         """One epoch of the supernet, each step on an architecture drawn uniformly from the pool."""
         args = self.args
+        if self.epoch >= args.child_epochs:  # it was resumed with fewer epochs
+            self.phase = 'score'
+            return
         self.supernet.train()
         chosen = iter(torch.randint(len(self.pool), (len(self.batches),), generator=self.run.generators['search']).tolist())
 
@@ -614,6 +643,7 @@ class WeightSharingSearch(Search):
         chosen = torch.randperm(batches.count, generator=run.generators['search'])[:self.args.child_eval_batch_size]
         images, labels = batches.batch(chosen.to(run.device))
         accuracies = score_pool(run, self.supernet, self.pool, images, labels)
+        run.average_statistics(self.supernet)  # which scoring updates, by each process's share of the pool
         self.sort_pool(accuracies, self.epoch, f'epoch {self.epoch}: scored {len(self.pool)} architectures on '
                        f'{len(labels)} images')
         self.phase = 'fit' if self.epoch < self.args.child_epochs else 'rank'
@@ -631,6 +661,7 @@ class CompleteSearch(Search):
 
     phases = ('evaluate', 'fit', 'propose', 'rank')
     fields = (*Search.fields, 'round')
+    extent = 'rounds'
 
     def __init__(self, args: argparse.Namespace, run: utils.Run):
         super().__init__(args, run)
@@ -651,17 +682,20 @@ class CompleteSearch(Search):
         network = self.run.place(task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels, 1.0, 1.0,
                                               False, 1, self.pool[0]))
         self.run.log_start(network, utils.count_madds(network, task.valid_batches(self.run).size))
-        candidates, steps = len(self.pool) + args.rounds * args.controller_new_arch, len(task.train_batches(self.run))
-        ranked = min(args.child_rank_count, len(self.pool)) * task.rank_options['epochs']
+        candidates = len(self.pool) + (args.rounds - self.round) * args.controller_new_arch
+        steps = len(task.train_batches(self.run))
+        ranked = min(args.child_rank_count, candidates) * task.rank_options['epochs']
+        rank_steps = min(steps, task.rank_options.get('max_steps', steps))
         step = self.seconds_of_step(network, args.child_batch_size) / self.run.world
         self.log_cost([
             (f'up to {candidates} candidates of {args.child_epochs} epochs of {steps} steps', step,
              candidates * args.child_epochs * steps),
-            (f'{ranked} epochs of {steps} steps of the best', step, ranked * steps)])
+            (f'{ranked} epochs of {rank_steps} steps of the best', step, ranked * rank_steps)])
 
-    def rounds(self) -> int:
-        """How often the controller is fitted."""
-        return self.args.rounds
+    def fitted(self) -> list[int]:
+        """How many architectures the controller is fitted to, each time; at most."""
+        new = self.args.controller_new_arch
+        return [max(1, len(self.pool) + (index - self.round) * new) for index in range(self.args.rounds)]
 
     def evaluate(self) -> None:
         """Train the candidates that have no result yet, and sort all results."""

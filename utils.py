@@ -662,8 +662,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises a dozen kinds for a file that is not what it should be
         reason = 'it holds more than tensors and numbers' if isinstance(error, pickle.UnpicklingError) else (
             f'{error}'.partition('\n')[0][:100] or type(error).__name__)
-        raise UserError(f'{path}: is not a readable checkpoint ({reason}); it is cut off, damaged or another kind of file'
-                        ) from None
+        raise UserError(f'{path}: is not a readable checkpoint ({reason}); it is cut off, damaged or another kind of file; '
+                        'to begin anew delete it or name another --output_dir') from None
     args = state.get('args', {}) if isinstance(state, dict) else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict) or not isinstance(state.get('model'), dict):
@@ -671,6 +671,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     state['args'] = args
     state['model'] = {name.removeprefix('module.'): value for name, value in state['model'].items()}
     return state
+
+
+def require(state: dict[str, Any], names: Iterable[str], path: str | Path) -> None:
+    """Raise UserError if a checkpoint lacks what a run needs to go on from it, as one published to be tested may."""
+    if missing := [name for name in names if name not in state]:
+        raise UserError(f'{path}: has no "{missing[0]}", so no run can go on from it; test it by --mode=test --checkpoint, or '
+                        'name another --output_dir')
 
 
 def load_network_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -690,20 +697,26 @@ def architecture_of(state: dict[str, Any]) -> str | None:
     return state.get('arch') or args.get('fixed_arc') or args.get('arch')  # the last is the reference's name for it
 
 
-def load_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Load a checkpoint's weights strictly; raises UserError if they are those of another network."""
+def load_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path,
+               flags: str = '--fixed_arc, --layers, --channels and --use_aux_head') -> None:
+    """Load a checkpoint's weights strictly; raises UserError if they are those of another network.
+
+    flags: those that make the network what it is, for the message.
+    """
     wanted = model.state_dict()
     rows, wanted_rows = (len(names['classifier.weight']) if 'classifier.weight' in names else 0
                          for names in (weights, wanted))
     if rows and wanted_rows and rows != wanted_rows:
         raise UserError(f'{path}: is for {rows} classes, this data set has {wanted_rows}; give the --dataset or '
                         '--data it was trained on')
+    if strange := [name for name, value in weights.items() if not torch.is_tensor(value)]:
+        raise UserError(f'{path}: {strange[0]} in its "model" is not a tensor')
     trackers = {name for name in wanted if name.endswith('num_batches_tracked')}  # absent before PyTorch 0.4.1
     different = [name for name in wanted.keys() | weights.keys() if name not in trackers - weights.keys() and (
         name not in wanted or name not in weights or wanted[name].shape != weights[name].shape)]
     if different:
-        raise UserError(f'{path}: is of another architecture: {len(different)} of its parameters differ, such as '
-                        f'{min(different)}; give the --fixed_arc, --layers, --channels and --use_aux_head it was trained with')
+        raise UserError(f'{path}: is of another network: {len(different)} of its parameters differ, such as '
+                        f'{min(different)}; give the {flags} it was trained with')
     model.load_state_dict(weights, strict=True)
 
 
@@ -754,7 +767,7 @@ class Clock:
     def left(self, step: int) -> str:
         """The time to the last step, as h:mm:ss."""
         per_step = (time.monotonic() - self.start) / max(1, step - self.first)
-        return str(timedelta(seconds=round(per_step * (self.steps - step))))
+        return str(timedelta(seconds=round(per_step * max(0, self.steps - step))))
 
 
 def describe(values: dict[str, float]) -> str:
@@ -840,10 +853,12 @@ def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batc
     training values, evaluation values) is called after each; `options` go to train_epoch.
     """
     parallel, evaluation = run.parallel(model), {}
-    epoch, step = (state['epoch'], state['step']) if state else (0, 0)
+    epoch = state['epoch'] if state else 0
     if state:
         run.resume(state, f'epoch {epoch}')
-    clock = Clock(step, epochs * len(train_batches))
+    count = min(len(train_batches), options.get('max_steps') or len(train_batches))
+    step = epoch * count  # in today's steps: those of the checkpoint may have been of another batch size
+    clock = Clock(step, epochs * count)
     while epoch < epochs:
         model.train()
         rate = lr(epoch)
@@ -870,11 +885,17 @@ def sgd(run: Run, model: nn.Module, l2_reg: float) -> torch.optim.SGD:
     return optimizer
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a checkpoint's optimiser, its momentum laid out in memory as the parameters are (the fused step needs that)."""
-    for group in state['param_groups']:
-        group.update({name: value for name, value in optimizer.param_groups[0].items() if name in ('fused', 'foreach')})
-    optimizer.load_state_dict(state)
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
+    """Load a checkpoint's optimiser, its momentum laid out in memory as the parameters are (the fused step needs that).
+
+    Raises UserError if it is not of the same parameters.
+    """
+    try:
+        for group in state['param_groups']:
+            group.update({name: value for name, value in optimizer.param_groups[0].items() if name in ('fused', 'foreach')})
+        optimizer.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f'{path}: its "optimizer" is not that of its network; name another --output_dir') from None
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -981,13 +1002,14 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     if run.args.compile:
         run.compile_cells(model)
     optimizer = sgd(run, model, l2_reg)
-    state = run.together(lambda: load_network_checkpoint(path) if path.exists() else None)
+    state = run.together(lambda: load_network_checkpoint(path) if os.path.exists(path) else None)
     if state:
+        require(state, ('epoch', 'optimizer', 'best_acc_top1'), path)
         load_model(model, state['model'], path)
-        load_optimizer(optimizer, state['optimizer'])
+        load_optimizer(optimizer, state['optimizer'], path)
     run.open_output(anew=state is None)
     run.log_start(model, count_madds(model, eval_batches.size))
-    best = state['best_acc_top1'] if state else -1.0  # a first network that gets nothing right is the best so far
+    best = float(state['best_acc_top1']) if state else -1.0  # a first network that gets nothing right is the best so far
 
     def after_epoch(epoch: int, step: int, training: dict, evaluation: dict) -> None:
         nonlocal best

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from helpers import (
@@ -234,6 +235,36 @@ def test_a_training_goes_on_with_more_epochs_and_says_what_changed(few, tmp_path
         assert result.status == 0
     assert 'resumed after epoch 1, with other flags: --epochs=2 (was 1)' in result.out
     assert [line['epoch'] for line in metrics(tmp_path)] == [1, 2]
+
+
+def test_a_training_goes_on_with_larger_batches_on_the_same_schedule(few, tmp_path):
+    for flags in (['--epochs=3', '--batch_size=2'], ['--epochs=4', '--batch_size=16']):
+        result = run(PROGRAM, *FLAGS, *flags, f'--output_dir={tmp_path}', preamble=few)
+        assert result.status == 0, result
+    assert 'left 0:00:00' in result.out and 'left -' not in result.out
+    steps = [line['step'] for line in metrics(tmp_path)]
+    assert steps[3] % 4 == 0 and steps[3] < steps[2] == 3 * steps[0]  # all four epochs in steps of the larger batch
+
+
+@pytest.mark.parametrize('best', [numpy.float64(99), torch.tensor(12.5), 50])
+def test_a_training_goes_on_from_a_best_accuracy_of_any_kind_of_number(best, trained, few, tmp_path):
+    torch.save(load(trained[0] / 'checkpoint.pt') | {'best_acc_top1': best}, tmp_path / 'checkpoint.pt')
+    result = run(PROGRAM, *FLAGS, '--epochs=4', f'--output_dir={tmp_path}', preamble=few)
+    assert result.status == 0, result
+    assert metrics(tmp_path)[-1]['best_acc_top1'] >= float(best)
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'optimizer': None}, ['has no "optimizer"', '--mode=test', '--output_dir']), ({'epoch': None}, ['has no "epoch"']),
+    ({'best_acc_top1': None}, ['has no "best_acc_top1"']), ({'optimizer': {}}, ['its "optimizer" is not']),
+    ({'optimizer': {'state': {}, 'param_groups': []}}, ['its "optimizer" is not']),
+    ({'model': {'classifier.bias': 3}}, ['classifier.bias', 'not a tensor'])])
+def test_a_checkpoint_that_no_training_can_go_on_from_ends_in_one_line(change, words, trained, few, tmp_path):
+    state = load(trained[0] / 'checkpoint.pt') | change
+    torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / 'checkpoint.pt')
+    result = run(PROGRAM, *FLAGS, '--epochs=4', f'--output_dir={tmp_path}', preamble=few)
+    assert_user_error(result, 'checkpoint.pt', *words)
+    assert files(tmp_path) == ['checkpoint.pt']
 
 
 def test_ctrl_c_ends_with_status_130_and_one_line_that_says_how_to_go_on(trained, few, tmp_path):

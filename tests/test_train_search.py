@@ -342,6 +342,39 @@ def test_a_finished_search_started_again_changes_nothing(searched, few):
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
 
 
+@pytest.mark.parametrize('moment', [('utils.train_epoch', 2, False), ('controller.fit_all', 1, False)])
+def test_a_search_resumed_with_fewer_epochs_scores_ranks_and_ends(moment, few, tmp_path):
+    command = [PROGRAM, *FLAGS, '--child_rank_count=1', f'--output_dir={tmp_path}']
+    assert run(*command, '--child_epochs=3', preamble=few + kill_at(*moment)).status == -signal.SIGKILL
+    result = run(*command, '--child_epochs=1', preamble=few)
+    assert result.status == 0 and 'epoch 2/' not in result.out, result
+    assert len(lines(tmp_path, 'arch_pool.final')) == 1
+
+
+def test_a_finished_search_goes_on_when_more_is_asked_for(few, tmp_path):
+    command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
+    result = run(*command, '--child_epochs=1', '--child_rank_count=0', preamble=few)
+    assert result.status == 0 and 'arch_pool.final' not in files(tmp_path), result
+    result = run(*command, '--child_epochs=1', '--child_rank_count=1', preamble=few)
+    assert result.status == 0 and len(lines(tmp_path, 'arch_pool.final')) == 1, result
+    result = run(*command, '--child_epochs=2', '--child_rank_count=2', preamble=few)
+    assert result.status == 0 and len(lines(tmp_path, 'arch_pool.final')) == 2, result
+    assert 'next: fit, with other flags' in result.out and 'epoch 2: scored' in result.out
+    assert {'arch_pool.1', 'arch_pool.2'} <= set(files(tmp_path))
+
+
+def test_a_search_goes_on_without_the_pool_file_and_with_larger_batches(few, tmp_path):
+    pool = tmp_path / 'pool'
+    pool.write_text(''.join(f'{arch}\n' for arch in sample(20, 2, SMALL, torch.Generator().manual_seed(0))))
+    command = [PROGRAM, *FLAGS, f'--child_arch_pool={pool}', '--child_drop_path_keep_prob=0.5',
+               f'--output_dir={tmp_path / "out"}']
+    killed = run(*command, '--child_batch_size=4', preamble=few + kill_at('utils.train_epoch', 2))
+    assert killed.status == -signal.SIGKILL
+    pool.unlink()
+    result = run(*command, preamble=few)
+    assert result.status == 0 and 'left -' not in result.out, result
+
+
 # -------------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize('flags, words', [

@@ -157,6 +157,25 @@ def test_no_process_idles_while_candidates_remain(few, tmp_path):
     assert not (tmp_path / 'arch_pool.final').exists()
 
 
+def test_a_finished_search_makes_another_round_when_asked(few, tmp_path):
+    command = [PROGRAM, *FLAGS, '--child_epochs=1', f'--output_dir={tmp_path}']
+    assert run(*command, '--rounds=1', preamble=few).status == 0
+    before = len(results(tmp_path))
+    result = run(*command, '--rounds=2', preamble=few)
+    assert result.status == 0 and 'up to 22 candidates' in result.out, result
+    assert len(results(tmp_path)) > before and len(lines(tmp_path, 'arch_pool.2')) > len(lines(tmp_path, 'arch_pool.1'))
+
+
+def test_a_candidate_resumed_with_fewer_epochs_is_evaluated_as_it_is(few, tmp_path):
+    command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
+    killed = run(*command, '--child_epochs=4', preamble=few + kill_at('utils.train_epoch', 4))
+    assert killed.status == -signal.SIGKILL
+    result = run(*command, '--child_epochs=2', '--rounds=1', '--child_rank_count=0', preamble=few)
+    assert result.status == 0 and len(results(tmp_path)) >= 12, result
+    state = load(tmp_path / 'checkpoint.pt')
+    assert {'args', 'model', 'epoch', 'step', 'optimizer', 'best_acc_top1'} <= set(state)
+
+
 def test_when_a_process_dies_only_its_candidate_is_trained_again(searched, few, tmp_path):
     """The second process dies at the end of its third training; the search goes on with one process."""
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']

@@ -37,7 +37,7 @@ def statement(what: str, **attributes: str) -> str:
 def operation_edge(source: str, target: str, operation: int, stride: str) -> str:
     """A line of DOT: an operation on its way from a state to a node."""
     name = OPERATIONS[operation].name
-    colour = next(colour for word, colour in COLOURS.items() if word in name)
+    colour = next((colour for word, colour in COLOURS.items() if word in name), 'gray')
     name = re.sub(r'(?<=\d)x(?=\d)', '×', name).replace('separable', 'sep').replace('average', 'avg')
     return statement(f'{source} -> {target}', label=name + stride, color=colour, fontcolor=colour)
 
