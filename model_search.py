@@ -70,6 +70,8 @@ class WSNode(nn.Module):
                 if operation.name.startswith('separable'):
                     self.add_module(f'{side}_sep_conv_{operation.kernel}',
                                     WSSepConv(index + 2, channels, operation.kernel))
+                elif list(operation.make(channels, 1).parameters()):  # `operand` would make them anew at every step
+                    raise ValueError(f'WSNode holds no weights for {operation.name!r}; it needs some for each state')
             if reduction:
                 for state in (0, 1):
                     self.add_module(f'{side}_id_reduce_{state + 1}', FactorizedReduce(channels, channels))

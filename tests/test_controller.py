@@ -67,6 +67,11 @@ def test_new_architectures_are_legal_for_every_step_and_direction(nodes, space):
             words.decode(row)
 
 
+def test_a_direction_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="direction='up'"):
+        make().generate_new_arch(sequences(2), 1, 'up')
+
+
 @pytest.mark.parametrize('layers', [1, 2])
 @pytest.mark.parametrize('nodes, space', SPACES)
 def test_teacher_forcing_the_greedy_tokens_gives_the_greedy_log_probabilities(nodes, space, layers):

@@ -114,6 +114,10 @@ def test_variables_override_what_a_script_starts_with_and_flags_pass_through(nam
     assert (tmp_path / 'my output' / 'train.log').read_text() == result.stdout
     other = script(name, cwd=tmp_path, MODEL='mine', PYTHON=str(tmp_path / 'bin' / 'python'))
     assert 'argument: --output_dir=exp/mine\n' in other.stdout and (tmp_path / 'exp' / 'mine' / 'train.log').exists()
+    for flags in (['--output_dir=flag 1', '--epochs=1'], ['--epochs=1', '--output_dir', 'flag 2']):
+        other = script(name, *flags, cwd=tmp_path, PYTHON=str(tmp_path / 'bin' / 'python'))
+        place = tmp_path / next(flag for flag in flags if 'flag' in flag).removeprefix('--output_dir=')
+        assert (place / 'train.log').read_text() == other.stdout and other.returncode == 0
 
 
 @pytest.mark.parametrize('name', ['train_NAONet_A_imagenet.sh', SEARCH])

@@ -225,6 +225,13 @@ def test_table(runs, tmp_path):
     assert done.returncode == 2 and len(done.stdout.splitlines()) == 2 and len(done.stderr.splitlines()) == 1
 
 
+def test_table_tells_runs_of_the_same_name_apart(runs, tmp_path):
+    for place in ('one', 'two'):
+        shutil.copytree(runs / 'training', tmp_path / place / 'training')
+    _, *rows = output('tools/table.py', tmp_path / 'one', tmp_path / 'two' / 'training', runs / 'search').splitlines()
+    assert [row.split()[0] for row in rows] == [str(tmp_path / 'one/training'), str(tmp_path / 'two/training'), 'search']
+
+
 def test_table_looks_into_a_directory_of_runs(runs):
     assert output('tools/table.py', runs) == output('tools/table.py', *sorted(
         path.parent for path in runs.glob('*/metrics.jsonl')))

@@ -46,8 +46,16 @@ launch() {
 
 # run PROGRAM FLAG...: run one of the programs, writing to $OUTPUT_DIR and appending to its train.log.
 run() {
-  local program=$1 made=() directory=$OUTPUT_DIR log=$OUTPUT_DIR/train.log new status=0
+  local program=$1 made=() directory log new status=0 argument before=
   shift
+  for argument in "$@"; do  # the log lies where the program writes, also if a flag says where
+    case $before$argument in
+      --output_dir=*) OUTPUT_DIR=${argument#*=} ;;
+      --output_dir/*) OUTPUT_DIR=$argument ;;
+    esac
+    before=; [ "$argument" != --output_dir ] || before=--output_dir/
+  done
+  directory=$OUTPUT_DIR log=$OUTPUT_DIR/train.log
   case " $* " in *' --help '* | *' -h '*)
     launch "$root/$program" "$@"
     return ;;

@@ -9,6 +9,7 @@ network as the search trains it from scratch.
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 import runs
@@ -28,14 +29,14 @@ NUMBERS = range(2, 8)  # the columns that are set flush right
 UNKNOWN = '-'
 
 
-def row(run: RunFiles) -> tuple[str, ...]:
-    """A run's row; raises UserError where the run has not written what it needs."""
+def row(run: RunFiles, title: str) -> tuple[str, ...]:
+    """A run's row, which begins with a title; raises UserError where the run has not written what it needs."""
     hours = UNKNOWN if run.seconds is None else f'{run.seconds / 3600:.2f}'
     arch = run.found[0][1] if run.found else None
     sizes = (f'{size:,}' for size in run.sizes) if arch else (UNKNOWN, UNKNOWN)
     name = next((name for name, line in PUBLISHED.items() if arch == parse(line)), str(arch or UNKNOWN))
     published = None if run.is_search else PUBLISHED_ERRORS.get((name, run.dataset, run.args['channels']))
-    return (run.name, run.dataset, *sizes, runs.percent(run.best_error) + (' valid' if run.is_search else ''),
+    return (title, run.dataset, *sizes, runs.percent(run.best_error) + (' valid' if run.is_search else ''),
             runs.percent(published), run.progress + (' rounds' if run.unit == 'round' else ''), hours, name)
 
 
@@ -63,9 +64,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Print the table; what cannot be read is named on a line of its own and makes the status 2."""
     rows, mistakes = [HEADER], []
-    for directory in (run for path in parse_args().runs for run in runs_in(path)):
+    found = [RunFiles(directory) for path in parse_args().runs for directory in runs_in(path)]
+    names = Counter(run.name for run in found)
+    for run in found:
         try:
-            rows.append(row(RunFiles(directory)))
+            rows.append(row(run, run.name if names[run.name] == 1 else str(run.path)))
         except utils.UserError as error:
             mistakes.append(str(error))
     if len(rows) > 1:
