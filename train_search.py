@@ -321,11 +321,11 @@ class Search:
         state = self.run.together(lambda: utils.load_checkpoint(self.checkpoint) if os.path.exists(self.checkpoint) else None)
         if state is None:
             return None
-        if state.get('phase') not in (*self.phases, 'done'):
+        method = state['args'].get('method', self.args.method)
+        if state.get('phase') not in (*self.phases, 'done') or method != self.args.method:
             raise utils.UserError(f'{self.checkpoint} is not the checkpoint of a search by --method={self.args.method}; name '
                                   'another --output_dir')
-        utils.require(state, ('controller', 'pool', 'optimizer', 'args', 'random', 'scaler', 'metrics_bytes', *self.fields),
-                      self.checkpoint)
+        utils.require(state, ('controller', 'pool', 'random', 'scaler', 'metrics_bytes', *self.fields), self.checkpoint)
         if len(state['controller']) != len(self.naos):
             raise utils.UserError(f'{self.checkpoint} has {len(state["controller"])} controllers; give the '
                                   '--controller_members and --controller_preset that the search began with')
@@ -562,6 +562,7 @@ class WeightSharingSearch(Search):
         """Go on from the checkpoint in the output directory, if there is one; returns it."""
         state = super().load()
         if state:
+            utils.require(state, ('optimizer',), self.checkpoint)
             utils.load_model(self.supernet, state['model'], self.checkpoint, FLAGS)
             utils.load_optimizer(self.optimizer, state['optimizer'], self.checkpoint)
             self.step = self.epoch * len(self.batches)  # in today's steps, see utils.fit

@@ -342,6 +342,17 @@ def test_a_finished_search_started_again_changes_nothing(searched, few):
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
 
 
+@pytest.mark.parametrize('change, words', [
+    ({'optimizer': None}, ['has no "optimizer"']), ({'pool': None}, ['has no "pool"']),
+    ({'optimizer': {}}, ['its "optimizer" is not']), ({}, ['--method=NAO', 'another --output_dir'])])
+def test_a_checkpoint_that_no_search_can_go_on_from_ends_in_one_line(change, words, searched, few, tmp_path):
+    state = load(searched[0] / 'checkpoint.pt') | change
+    torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / 'checkpoint.pt')
+    result = run(PROGRAM, *FLAGS, *['--method=NAO'] * (not change), f'--output_dir={tmp_path}', preamble=few)
+    assert_user_error(result, 'checkpoint.pt', *words)
+    assert files(tmp_path) == ['checkpoint.pt']
+
+
 @pytest.mark.parametrize('moment', [('utils.train_epoch', 2, False), ('controller.fit_all', 1, False)])
 def test_a_search_resumed_with_fewer_epochs_scores_ranks_and_ends(moment, few, tmp_path):
     command = [PROGRAM, *FLAGS, '--child_rank_count=1', f'--output_dir={tmp_path}']
