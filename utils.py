@@ -715,7 +715,7 @@ def load_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path,
     different = [name for name in wanted.keys() | weights.keys() if name not in trackers - weights.keys() and (
         name not in wanted or name not in weights or wanted[name].shape != weights[name].shape)]
     if different:
-        raise UserError(f'{path}: is of another network: {len(different)} of its parameters differ, such as '
+        raise UserError(f'{path}: is of another architecture or size: {len(different)} of its parameters differ, such as '
                         f'{min(different)}; give the {flags} it was trained with')
     model.load_state_dict(weights, strict=True)
 
