@@ -283,7 +283,7 @@ class Search:
     def __init__(self, args: argparse.Namespace, run: utils.Run):
         self.args, self.run = args, run
         self.vocabulary = architecture.vocabulary(args.child_nodes, args.search_space)
-        self.pool = [] if os.path.exists(self.checkpoint) else self.first_pool()
+        self.pool = [] if os.path.exists(self.checkpoint) else self.first_pool()  # `load` takes the checkpoint's
         self.accuracies: list[float] = []
         self.task = (open_imagenet if args.dataset == 'imagenet' else open_small_images)(args, run)
         allowed = self.vocabulary.allowed_tokens
@@ -491,7 +491,7 @@ class Search:
         args, task, path = self.args, self.task, self.candidate_checkpoint(kind, str(arch))
         run.reseed(kind, str(arch))
         batches = task.train_batches(run)
-        steps = options['epochs'] * min(len(batches), options.get('max_steps', len(batches)))
+        steps = options['epochs'] * utils.steps_of(batches, options.get('max_steps'))
         network = run.place(task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels, keep_prob,
                                          drop_path_keep_prob, use_aux_head, steps, arch))
         optimizer, state = utils.sgd(run, network, args.child_l2_reg), None
@@ -521,10 +521,14 @@ class Search:
             loss.backward()
         return utils.seconds_of(self.run, step)
 
+    def rank_cost(self, step: float, batches: Iterable, count: int) -> tuple[str, float, int]:
+        """The part of `log_cost` that ranks the best of `count` architectures, whose steps take `step` seconds each."""
+        epochs = min(self.args.child_rank_count, count) * self.task.rank_options['epochs']
+        steps = utils.steps_of(batches, self.task.rank_options.get('max_steps'))
+        return f'{epochs} epochs of {steps} steps of the best', step, epochs * steps
+
     def log_cost(self, parts: list[tuple[str, float, int]]) -> None:
         """Log the formula of the search's cost, of (what, seconds of one, how many) parts, and its estimate."""
-        if self.phase == 'done':
-            return
         batch = self.tokens(self.pool[:self.settings.batch_size])
         nao = copy.deepcopy(self.naos[0])
 
@@ -587,19 +591,19 @@ class WeightSharingSearch(Search):
         """Log sizes and arguments."""
         args, image_size = self.args, self.task.valid_batches(self.run).size
         self.run.log_start(self.supernet, utils.count_madds(self.supernet, image_size, self.pool[0]))
+        if self.phase == 'done':
+            return
         scored, steps = copy.deepcopy(self.supernet).eval(), len(self.batches)
         count = min(args.child_eval_batch_size, self.task.valid_batches(self.run).count)
         images = torch.zeros(count, 3, image_size, image_size, device=self.run.device)
         labels = torch.zeros(count, device=self.run.device)
         score = utils.seconds_of(self.run, lambda: score_pool(self.run.alone(), scored, self.pool[:1], images, labels))
         step = self.seconds_of_step(self.supernet, args.child_batch_size, self.pool[0])
-        ranked = min(args.child_rank_count, len(self.pool)) * self.task.rank_options['epochs']
-        rank_steps = min(steps, self.task.rank_options.get('max_steps', steps))
         scorings = len(self.fitted()) + 1
         self.log_cost([
             (f'{args.child_epochs} epochs of {steps} steps', step, args.child_epochs * steps),
             (f'{scorings} scorings of {len(self.pool)} architectures', score, scorings * len(self.pool)),
-            (f'{ranked} epochs of {rank_steps} steps of the best', step, ranked * rank_steps)])
+            self.rank_cost(step, self.batches, len(self.pool))])
 
     def search(self) -> None:
         """Run phase after phase to the end."""
@@ -683,15 +687,16 @@ class CompleteSearch(Search):
         network = self.run.place(task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels, 1.0, 1.0,
                                               False, 1, self.pool[0]))
         self.run.log_start(network, utils.count_madds(network, task.valid_batches(self.run).size))
+        if self.phase == 'done':
+            return
         candidates = len(self.pool) + (args.rounds - self.round) * args.controller_new_arch
-        steps = len(task.train_batches(self.run))
-        ranked = min(args.child_rank_count, candidates) * task.rank_options['epochs']
-        rank_steps = min(steps, task.rank_options.get('max_steps', steps))
+        batches = task.train_batches(self.run)
+        steps = len(batches)
         step = self.seconds_of_step(network, args.child_batch_size) / self.run.world
         self.log_cost([
             (f'up to {candidates} candidates of {args.child_epochs} epochs of {steps} steps', step,
              candidates * args.child_epochs * steps),
-            (f'{ranked} epochs of {rank_steps} steps of the best', step, ranked * rank_steps)])
+            self.rank_cost(step, batches, candidates)])
 
     def fitted(self) -> list[int]:
         """How many architectures the controller is fitted to, each time; at most."""

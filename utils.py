@@ -673,11 +673,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def require(state: dict[str, Any], names: Iterable[str], path: str | Path) -> None:
-    """Raise UserError if a checkpoint lacks what a run needs to go on from it, as one published to be tested may."""
+def require(state: dict[str, Any], names: Iterable[str], path: str | Path, advice: str = '') -> None:
+    """Raise UserError if a checkpoint lacks what a run needs to go on from it; advice: what else can be done with it."""
     if missing := [name for name in names if name not in state]:
-        raise UserError(f'{path}: has no "{missing[0]}", so no run can go on from it; test it by --mode=test --checkpoint, or '
-                        'name another --output_dir')
+        raise UserError(f'{path}: has no "{missing[0]}", so no run can go on from it; {advice}name another --output_dir')
 
 
 def load_network_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -776,6 +775,11 @@ def describe(values: dict[str, float]) -> str:
             f'{values["images_per_second"]:.0f} images/s')
 
 
+def steps_of(batches: Iterable, max_steps: int | None = None) -> int:
+    """The steps of an epoch: all batches, or `max_steps` of them."""
+    return min(len(batches), max_steps or len(batches))
+
+
 def update(run: Run, optimizer: torch.optim.Optimizer, loss: Tensor, grad_bound: float) -> None:
     """Make an optimiser step on the parameters that the loss reaches: a supernet's step leaves thousands of others alone."""
     group, = optimizer.param_groups
@@ -802,7 +806,7 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
     """
     for group in optimizer.param_groups:
         group['lr'] = lr
-    meter, count = Meter(run), min(len(batches), max_steps or len(batches))
+    meter, count = Meter(run), steps_of(batches, max_steps)
 
     def values() -> dict[str, float]:
         now = meter.values()
@@ -856,7 +860,7 @@ def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batc
     epoch = state['epoch'] if state else 0
     if state:
         run.resume(state, f'epoch {epoch}')
-    count = min(len(train_batches), options.get('max_steps') or len(train_batches))
+    count = steps_of(train_batches, options.get('max_steps'))
     step = epoch * count  # in today's steps: those of the checkpoint may have been of another batch size
     clock = Clock(step, epochs * count)
     while epoch < epochs:
@@ -1004,7 +1008,7 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     optimizer = sgd(run, model, l2_reg)
     state = run.together(lambda: load_network_checkpoint(path) if os.path.exists(path) else None)
     if state:
-        require(state, ('epoch', 'optimizer', 'best_acc_top1'), path)
+        require(state, ('epoch', 'optimizer', 'best_acc_top1'), path, 'test it by --mode=test --checkpoint, or ')
         load_model(model, state['model'], path)
         load_optimizer(optimizer, state['optimizer'], path)
     run.open_output(anew=state is None)
