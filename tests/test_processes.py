@@ -168,6 +168,18 @@ def test_a_search_under_two_processes_runs_whole(few, tmp_path):
     assert again.status == 0 and 'next: done' in again.out
 
 
+def test_a_search_of_two_processes_stopped_after_a_scoring_ends_bit_identical(few, tmp_path):
+    command = [2, 'train_search.py', *SEARCH, '--child_epochs=2', '--child_eval_epochs=1', '--child_rank_count=0']
+    killed = torchrun(*command, f'--output_dir={tmp_path / "killed"}', preamble=few + kill_at('controller.fit_all', 1)).wait()
+    assert killed.status != 0
+    again = torchrun(*command, f'--output_dir={tmp_path / "killed"}', preamble=few).wait()
+    assert again.status == 0 and 'resumed after epoch 1, next: fit' in again.out, again
+    assert torchrun(*command, f'--output_dir={tmp_path / "whole"}', preamble=few).wait().status == 0
+    one, two = (load(tmp_path / name / 'checkpoint.pt') for name in ('killed', 'whole'))
+    assert_equal(one['model'], two['model'])
+    assert one['pool'] == two['pool'] and one['accuracies'] == two['accuracies']
+
+
 def test_a_script_runs_under_the_real_torchrun(images, tmp_path):
     flags = ['--device=cpu', '--channels=4', '--layers=1', '--workers=0', '--eval_batch_size=4', '--epochs=1', '--nodes=1']
     result = script('train_NAONet_A_imagenet_4cards.sh', *flags, cwd=tmp_path, DATA_DIR=str(images), fixed_arc=TINY,
