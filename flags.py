@@ -1,0 +1,143 @@
+"""The command line: the parser, the types of flags, a user's mistakes, and how a program ends.
+
+A program is `main()` under `run_program`.
+"""
+
+import argparse
+import difflib
+import errno
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """Something that the user can mend; the message is one line that says what is wrong and what would be right."""
+
+
+class Stopped(Exception):
+    """What ends a program though the user made no mistake; the message is one line that says why."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help is a line for each flag.
+
+    positional: what the usage line shows besides flags.
+    """
+
+    def __init__(self, description: str, positional: str = ''):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=partial(argparse.HelpFormatter, max_help_position=50, width=1000),
+                         usage=f'%(prog)s [--FLAG=VALUE ...] {positional}'.rstrip())
+
+    def error(self, message: str) -> None:
+        """Raise UserError, which becomes one line and status 2."""
+        raise UserError(f'{message} (see --help)')
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        """Parse the flags; for an unknown one the error suggests the nearest. Raises UserError."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            if not unknown[0].startswith('-'):
+                self.error(f'what is {unknown[0]!r} for? a value with spaces needs quotes, --FLAG="A B"')
+            near = difflib.get_close_matches(unknown[0].split('=')[0], [f'--{name}' for name in vars(parsed)], n=1)
+            self.error(f'there is no flag {unknown[0]}' + (f'; did you mean {near[0]}?' if near else ''))
+        return parsed
+
+
+def add(group: Any, name: str, help: str, default: Any = None, **options: Any) -> None:
+    """Add --NAME to a parser or a group of its flags; the help says its default, as it then is, if it has one.
+
+    options: those of argparse's add_argument.
+    """
+    kind = getattr(options.get('type'), 'kind', None)
+    if 'choices' not in options and 'action' not in options:
+        options.setdefault('metavar', {int: 'N', float: 'X'}.get(kind, 'TEXT'))
+    if default not in (None, False):
+        help += ' (default: %(default)s)'
+    group.add_argument(f'--{name}', default=default, help=help, **options)
+
+
+def number(kind: type, least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: an int or float from `least` (with `above`: beyond it) to `most`."""
+    def convert(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value > least if above else value >= least) or not value <= most or math.isinf(value):
+            name = 'a whole number' if kind is int else 'a number'
+            low = f'above {least:g}' if above else f'of at least {least:g}'
+            raise argparse.ArgumentTypeError(
+                f'must be {name} {low}{f" and at most {most:g}" if most < math.inf else ""}, not {text!r}')
+        return value
+    convert.kind = kind  # for the help
+    return convert
+
+
+POSITIVE_INT, COUNT = number(int, 1), number(int, 0)
+SEED = number(int, 0, 2**63 - 1)  # what a generator takes
+BATCH = number(int, 2)  # batch-norm cannot train on a single image
+POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
+KEEP = number(float, 0, 1, above=True)
+FRACTION = number(float, 0, 1)
+
+
+def add_run_flags(parser: Parser, output_dir: str, data: str = 'data') -> None:
+    """The flags of every program: where it runs, where it writes, the seed."""
+    group = parser.add_argument_group('run')
+    add(group, 'data', 'directory of the data set', data, metavar='DIR')
+    add(group, 'output_dir', 'directory of checkpoints and metrics.jsonl; a run that finds its checkpoint.pt there goes on '
+        'from it', output_dir, metavar='DIR')
+    add(group, 'device', 'cpu, cuda, cuda:N or mps (default: CUDA if there is a GPU, else MPS, else the CPU)', metavar='NAME')
+    add(group, 'seed', 'of all random draws', 0, type=SEED)
+    add(group, 'amp', 'mixed precision; off: float32 throughout', 'off', choices=['off', 'bf16', 'fp16'])
+    add(group, 'tf32', 'let NVIDIA GPUs round the factors of float32 products to TF32', False, action='store_true')
+    add(group, 'save_every', 'also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best', 0, type=COUNT)
+    add(group, 'tensorboard', 'mirror metrics.jsonl for TensorBoard in --output_dir (needs the package tensorboard)', False,
+        action='store_true')
+
+
+def rank_prefix() -> str:
+    """What tells a message of one of several processes apart."""
+    return f'[rank {os.environ.get("RANK", 0)}] ' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
+
+
+def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
+    """Run a program's main; a user's mistake ends in one line and status 2, Ctrl-C in one line and status 130.
+
+    goes_on: whether the program started again goes on from a checkpoint.
+    """
+    try:
+        main()
+    except UserError as error:
+        status, line = 2, f'error: {error}'
+    except Stopped as error:
+        status, line = 1, f'stopped: {error}'
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        status, line = 130, 'interrupted' + '; the same command goes on from the last checkpoint' * goes_on
+    except RuntimeError as error:
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+            raise
+        status, line = 1, 'stopped: another process has ended, which will have said why'
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        status, line = 2, (f'error: --output_dir cannot be written ({error.strerror}); make room and run the same command '
+                           'again')
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    sys.stdout.flush()
+    beginning = '\r\x1b[K' if sys.stderr.isatty() else ''  # over a live line, see utils.LiveLine
+    print(f'{beginning}{rank_prefix()}{Path(sys.argv[0]).name}: {line}', file=sys.stderr, flush=True)
+    sys.exit(status)
