@@ -167,6 +167,10 @@ class Vocabulary(NamedTuple):
         shift = self.nodes + 2 - self.operations.start
         return [value + (shift if position % 2 else 1) for position, value in enumerate(arch.normal + arch.reduction)]
 
+    def tokens(self, pool: Sequence[Architecture], device: torch.device) -> Tensor:
+        """The token matrix of a pool, (count, 8·B), on the device."""
+        return torch.tensor([self.encode(arch) for arch in pool], device=device)
+
     def decode(self, tokens: Sequence[int]) -> Architecture:
         """The architecture of 8·B tokens; raises ArchitectureError if a token is not legal where it stands."""
         shift = self.nodes + 2 - self.operations.start

@@ -32,12 +32,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
+from flags import COUNT, Parser, UserError, add
+
 CROP_PADDING = 4  # pixels of zeros around an image before a random crop
 DIGITS_FILE = Path(__file__).resolve().parent / 'data' / 'digits' / 'digits.npz'
-
-
-class DataError(Exception):
-    """The data are not there or not as they should be; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def _load_cifar(dataset: type[torchvision.datasets.CIFAR10]) -> Callable[[Path, 
                 with _nothing_left_on_failure(root):
                     data = dataset(str(root), train=train, download=True)
         except (OSError, RuntimeError, EOFError) as error:
-            raise DataError(f'--data={root}: no intact {dataset.__name__} there and it cannot be downloaded ({error}); '
+            raise UserError(f'--data={root}: no intact {dataset.__name__} there and it cannot be downloaded ({error}); '
                             f'unpack {dataset.filename} to {root / dataset.base_folder}, or use --dataset=digits, which '
                             'needs no download') from None
         return data.data.transpose(0, 3, 1, 2), np.asarray(data.targets)
@@ -127,7 +125,7 @@ SOURCES: dict[str, Source] = {
 def load(dataset: str, root: str | Path, train: bool, device: torch.device) -> ImageSet:
     """Read the training or the test images of 'cifar10', 'cifar100' or 'digits' onto the device.
 
-    Missing files are downloaded to `root`. Raises DataError when they are missing or damaged and no download is possible.
+    Missing files are downloaded to `root`. Raises UserError when they are missing or damaged and no download is possible.
     """
     source = SOURCES[dataset]
     images, labels = source.load(Path(root), train)
@@ -215,9 +213,9 @@ def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int,
 
 
 def check_batch_size(batch_size: int, world: int) -> None:
-    """Raise DataError if a batch cannot give each of `world` processes two images."""
+    """Raise UserError if a batch cannot give each of `world` processes two images."""
     if batch_size < 2 * world:
-        raise DataError(f'a batch of {batch_size} images is too small for {world} process{"es" if world > 1 else ""}: it needs '
+        raise UserError(f'a batch of {batch_size} images is too small for {world} process{"es" if world > 1 else ""}: it needs '
                         f'at least {2 * world}')
 
 
@@ -299,21 +297,21 @@ EVAL_TRANSFORM = transforms.Compose([
 def find_images(root: Path, part: str, zipped: bool) -> tuple[Path, list[tuple[str, str]]]:
     """The folder or zip of 'train' or 'valid' (also named val), and its images as sorted (name in it, class) pairs.
 
-    An image's class is the folder that it lies in. Raises DataError.
+    An image's class is the folder that it lies in. Raises UserError.
     """
     names = ('valid', 'val') if part == 'valid' else (part,)
     places = [root / (f'{name}.zip' if zipped else name) for name in names]
     place = next((place for place in places if os.path.exists(place)), None)
     if place is None:
         kind = 'a zip' if zipped else 'a folder'
-        raise DataError(f'--data={root}: there is no {" or ".join(place.name for place in places)}; {kind} of images in '
+        raise UserError(f'--data={root}: there is no {" or ".join(place.name for place in places)}; {kind} of images in '
                         'class folders is needed there')
     if zipped:
         try:
             with zipfile.ZipFile(place) as archive:
                 files = archive.namelist()
         except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(f'{place}: is not a readable zip file ({error}); copy it anew, or drop --zip_file for folders'
+            raise UserError(f'{place}: is not a readable zip file ({error}); copy it anew, or drop --zip_file for folders'
                             ) from None
     else:
         files = [os.path.relpath(os.path.join(folder, name), place)
@@ -322,7 +320,7 @@ def find_images(root: Path, part: str, zipped: bool) -> tuple[Path, list[tuple[s
                     if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and Path(name).parent.name
                     and not any(folder.startswith(('.', '__MACOSX')) for folder in Path(name).parts))  # what systems add
     if not images:
-        raise DataError(f'{place}: has no images in class folders, such as n01440764/name.JPEG')
+        raise UserError(f'{place}: has no images in class folders, such as n01440764/name.JPEG')
     return place, images
 
 
@@ -352,7 +350,7 @@ class ImageFiles(torch.utils.data.Dataset):
         index_of = {name: index for index, name in enumerate(classes)}
         unknown = sorted({name for _, name in images} - index_of.keys())
         if unknown:
-            raise DataError(f'{place}: the class {unknown[0]} is not among those of the training images'
+            raise UserError(f'{place}: the class {unknown[0]} is not among those of the training images'
                             + (f', nor are {len(unknown) - 1} more' if unknown[1:] else ''))
         self.place, self.names = place, [name for name, _ in images]
         self.labels = [index_of[name] for _, name in images]
@@ -449,7 +447,7 @@ class FileBatches:
     """Batches of an ImageFiles, decoded and transformed by worker processes, normalised on the device.
 
     Shuffled when it has a generator (then it yields (images, labels, weight) as TrainBatches does), else in order (then
-    (images, labels)). An image that cannot be decoded is named in one warning and left out; DataError if more than 1 % are.
+    (images, labels)). An image that cannot be decoded is named in one warning and left out; UserError if more than 1 % are.
     """
 
     size = IMAGE_SIZE
@@ -478,7 +476,7 @@ class FileBatches:
                 self.broken.add(name)
                 print(f'warning: {name}: is broken or cut off; left out', file=sys.stderr, flush=True)
         if len(self.broken) > BROKEN_LIMIT * self.count:
-            raise DataError(f'{self.files.place}: {len(self.broken)} of {self.count} images cannot be decoded, more than '
+            raise UserError(f'{self.files.place}: {len(self.broken)} of {self.count} images cannot be decoded, more than '
                             f'{BROKEN_LIMIT:.0%}; copy the data anew, or remove them')
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
         return channels_last(normalise(images, self.mean, self.std)), labels
@@ -512,7 +510,7 @@ class FileBatches:
 
 def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, processes: int = 1, show: bool = True,
                validates: bool = True) -> tuple[ImageFiles, ImageFiles, list[str]]:
-    """The training and the validation images below `root`, and the names of the classes. Raises DataError.
+    """The training and the validation images below `root`, and the names of the classes. Raises UserError.
 
     zipped: read train.zip and valid.zip; lazy: do not hold the files in memory; processes: how many on this machine do;
     validates: False takes the training images for the validation too, and looks for no others.
@@ -526,3 +524,13 @@ def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, processes:
         if not lazy:
             files.hold(processes, show)
     return sets[0], sets[1] if validates else sets[0].evaluated(), classes
+
+
+def add_file_flags(parser: Parser, processes: int) -> None:
+    """The flags of reading images from files; `processes`: how many of the run share this machine."""
+    group = parser.add_argument_group('image files')
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    add(group, 'zip_file', 'read train.zip and valid.zip instead of folders', False, action='store_true')
+    add(group, 'lazy_load', 'read images when they are needed, not into memory first', False, action='store_true')
+    add(group, 'workers', 'processes that decode images; by default the cores, which the processes of a machine share',
+        max(1, cores // processes), type=COUNT)

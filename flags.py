@@ -60,7 +60,7 @@ def add(group: Any, name: str, help: str, default: Any = None, **options: Any) -
     kind = getattr(options.get('type'), 'kind', None)
     if 'choices' not in options and 'action' not in options:
         options.setdefault('metavar', {int: 'N', float: 'X'}.get(kind, 'TEXT'))
-    if default not in (None, False):
+    if default not in (None, False) or options.get('action') is argparse.BooleanOptionalAction:
         help += ' (default: %(default)s)'
     group.add_argument(f'--{name}', default=default, help=help, **options)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import architecture
-import utils
+import checkpoint as checkpoints
+from flags import UserError
 from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet
 
 dependencies = ['torch', 'torchvision', 'numpy']
@@ -24,18 +25,18 @@ def naonet(arch: str | None = None, checkpoint: str | Path | None = None, *, ima
 
     arch: a line of integers, 'NAONet_A', 'NAONet_B', or the path of an arch_pool file. With a checkpoint, of which the
     weights are loaded, whatever is not given comes from it; else layers 6 and channels 36, or on ImageNet 4 and 42. Raises
-    utils.UserError.
+    flags.UserError.
     """
-    state: dict[str, Any] = utils.load_network_checkpoint(checkpoint) if checkpoint else {'args': {}, 'model': {}}
+    state: dict[str, Any] = checkpoints.load_network(checkpoint) if checkpoint else {'args': {}, 'model': {}}
     args, weights = state['args'], state['model']
-    arch = arch or utils.architecture_of(state)
+    arch = arch or checkpoints.architecture_of(state)
     if not arch:
-        raise utils.UserError(f'{checkpoint}: does not name its architecture; give arch' if checkpoint else
+        raise UserError(f'{checkpoint}: does not name its architecture; give arch' if checkpoint else
                               'give arch, or a checkpoint that names its architecture')
     try:
         parsed = architecture.read(arch, args.get('arc_index') or 0)
     except architecture.ArchitectureError as error:
-        raise utils.UserError(f'the architecture: {error}') from None
+        raise UserError(f'the architecture: {error}') from None
     imagenet = any(name.startswith('stem0.') for name in weights) if imagenet is None else imagenet
     use_aux_head = use_aux_head or any(name.startswith('auxiliary_head.') for name in weights)
     if classes is None:
@@ -45,7 +46,7 @@ def naonet(arch: str | None = None, checkpoint: str | Path | None = None, *, ima
     network = (NASNetworkImageNet if imagenet else NASNetworkCIFAR)(
         classes, layers, len(parsed.normal) // 4, channels, keep_prob, drop_path_keep_prob, use_aux_head, steps, parsed)
     if checkpoint:
-        utils.load_model(network, weights, checkpoint)
+        checkpoints.fill_model(network, weights, checkpoint)
     return network
 
 

@@ -4,11 +4,14 @@ A network is a stem, 3·layers+2 cells of which two are reduction cells, and a c
 second reduction cell in training. The names of all parameters are those of the published checkpoints.
 """
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import architecture
 from architecture import nodes_of, unread_states
@@ -252,3 +255,26 @@ class NASNetworkCIFAR(CIFARStem, FixedNetwork):
 
 class NASNetworkImageNet(ImageNetStem, FixedNetwork):
     """The network of an architecture for 224×224 images; arguments as NASNetworkCIFAR."""
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters, the auxiliary head left out as in the paper's tables."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith('auxiliary_head.'))
+
+
+@torch.no_grad()
+def count_madds(model: nn.Module, image_size: int, *extras: Any) -> int:
+    """Multiply-adds of the convolutions and linear layers for one image; `extras` go to the model after the image.
+
+    They are counted on a copy without values, where no other operation is computed as a convolution (see kernels.py).
+    """
+    model, zeros = copy.deepcopy(model).to('meta').eval(), []
+
+    def count_zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        zeros.append(3 * inputs[0].shape[1] * output.numel())  # three of the four pixels of its 2×2 convolution
+    for module in model.modules():
+        if isinstance(module, FactorizedReduce):
+            module.register_forward_hook(count_zeros)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, image_size, image_size, device='meta'), *extras)
+    return counter.get_total_flops() // 2 - sum(zeros)

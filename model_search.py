@@ -14,6 +14,7 @@ from architecture import Architecture, nodes_of, unread_states
 from kernels import batch_norm, depthwise_conv
 from model import Backbone, CIFARStem, ImageNetStem, MaybeCalibrateSize, Shape, combine_operands
 from operations import OPERATIONS, SEARCH_SPACES, BatchNorm2d, FactorizedReduce, State, apply_operation
+from utils import LOG_EVERY, Run
 
 SMALL = {operation: OPERATIONS[operation] for operation in SEARCH_SPACES['small']}
 
@@ -158,3 +159,23 @@ class NASWSNetworkCIFAR(CIFARStem, Supernet):
 
 class NASWSNetworkImageNet(ImageNetStem, Supernet):
     """The supernet for 224×224 images; arguments as model.NASNetworkCIFAR without `arch`."""
+
+
+@torch.no_grad()
+def score_pool(run: Run, supernet: Supernet, pool: Sequence[Architecture], images: Tensor, labels: Tensor) -> list[float]:
+    """The accuracy, 0-1, of each architecture on one batch (count, 3, h, w), normalised by the batch's statistics.
+
+    Of several processes each scores its share of the pool.
+    """
+    supernet.eval()
+    right = torch.zeros(len(pool), device=run.device)
+    for index in range(run.rank, len(pool), run.world):
+        with run.autocast():
+            logits, _ = supernet(images, pool[index], bn_train=True)
+        right[index] = (logits.argmax(1) == labels).sum()
+        progress = f'scored {index + 1}/{len(pool)} architectures'
+        if (index + 1) % LOG_EVERY == 0:
+            run.log(progress)
+        elif run.live.due:
+            run.live.show(progress)
+    return [count / len(labels) for count in run.sum(right).tolist()]

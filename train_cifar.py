@@ -7,33 +7,36 @@
 bash train_NAONet_A_36_cifar10.sh and its neighbours are the published settings.
 """
 
+import argparse
 from functools import partial
 
 import datasets
-import utils
+import training
+from architecture import Architecture
+from flags import COUNT, NOT_NEGATIVE, POSITIVE, Parser, add, add_run_flags, run_program
 from model import NASNetworkCIFAR
+from utils import Run
 
 
-def parse_args() -> 'utils.argparse.Namespace':
-    """The program's flags."""
-    parser = utils.Parser('Train or test the network of one architecture on small images.')
-    utils.add_run_arguments(parser, output_dir='exp/cifar')
-    utils.add_training_arguments(parser, batch_size=128, eval_batch_size=500, epochs=600, l2_reg=3e-4)
-    utils.add_network_arguments(parser, layers=6, channels=36, keep_prob=0.6, drop_path=0.8)
+def parse_args() -> tuple[argparse.Namespace, Architecture]:
+    """The program's flags, and the architecture that they name."""
+    parser = Parser('Train or test the network of one architecture on small images.')
+    add_run_flags(parser, output_dir='exp/cifar')
+    training.add_training_flags(parser, batch_size=128, eval_batch_size=500, epochs=600, l2_reg=3e-4)
+    training.add_network_flags(parser, layers=6, channels=36, keep_prob=0.6, drop_path=0.8)
     group = parser.add_argument_group('CIFAR')
-    group.add_argument('--dataset', choices=datasets.SOURCES, default='cifar10', help='which images')
-    group.add_argument('--cutout_size', type=utils.COUNT, default=0, help='side of the square that cutout zeroes; 0: none')
-    group.add_argument('--lr_max', type=utils.POSITIVE, default=0.025, help='learning rate of the first epoch')
-    group.add_argument('--lr_min', type=utils.NOT_NEGATIVE, default=0.0, help='learning rate that the cosine ends at')
-    group.add_argument('--grad_bound', type=utils.POSITIVE, default=5.0, help='gradients are clipped to this norm')
-    return utils.parse_training_arguments(parser)
+    add(group, 'dataset', 'which images', 'cifar10', choices=datasets.SOURCES)
+    add(group, 'cutout_size', 'side of the square that cutout zeroes; 0: none', 0, type=COUNT)
+    add(group, 'lr_max', 'learning rate of the first epoch', 0.025, type=POSITIVE)
+    add(group, 'lr_min', 'learning rate that the cosine ends at', 0.0, type=NOT_NEGATIVE)
+    add(group, 'grad_bound', 'gradients are clipped to this norm', 5.0, type=POSITIVE)
+    return training.parse_training_flags(parser)
 
 
 def main() -> None:
     """Train or test, as --mode says."""
-    args = parse_args()
-    arch = utils.read_architecture(args)
-    run = utils.Run(args)
+    args, arch = parse_args()
+    run = Run(args)
     test_set, train_set = (run.first_alone(partial(datasets.load, args.dataset, args.data, train, run.device))
                            for train in (False, True))
     test_batches = datasets.EvalBatches(test_set, args.eval_batch_size, run.rank, run.world)
@@ -42,14 +45,14 @@ def main() -> None:
         return NASNetworkCIFAR(datasets.SOURCES[args.dataset].classes, args.layers, args.nodes, args.channels,
                                args.keep_prob, args.drop_path_keep_prob, use_aux_head, steps, arch)
     if args.mode == 'test':
-        utils.test_network(run, build, test_batches)
+        training.test_network(run, build, test_batches)
         return
     train_batches = datasets.TrainBatches(train_set, args.batch_size, run.generators['data'], args.cutout_size, run.rank,
                                           run.world)
-    utils.train_network(run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, test_batches,
-                        l2_reg=args.l2_reg, epochs=args.epochs, grad_bound=args.grad_bound,
-                        lr=partial(utils.cosine, epochs=args.epochs, lr_max=args.lr_max, lr_min=args.lr_min))
+    training.train_network(run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, test_batches,
+                           l2_reg=args.l2_reg, epochs=args.epochs, grad_bound=args.grad_bound,
+                           lr=partial(training.cosine, epochs=args.epochs, lr_max=args.lr_max, lr_min=args.lr_min))
 
 
 if __name__ == '__main__':
-    utils.run_program(main)
+    run_program(main)

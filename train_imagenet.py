@@ -13,39 +13,40 @@ import sys
 from functools import partial
 
 import datasets
-import utils
+import training
+from architecture import Architecture
+from flags import FRACTION, POSITIVE, POSITIVE_INT, Parser, add, add_run_flags, run_program
 from model import NASNetworkImageNet
+from utils import Run, processes_here
 
 LR_PER_IMAGE = 0.1 / 128
 
 
-def parse_args() -> argparse.Namespace:
-    """The program's flags."""
-    parser = utils.Parser('Train or test the network of one architecture on images in class folders.')
-    utils.add_run_arguments(parser, output_dir='exp/imagenet', data='imagenet/raw-data')
-    utils.add_file_arguments(parser)
-    utils.add_training_arguments(parser, batch_size=128, eval_batch_size=128, epochs=250, l2_reg=3e-5)
-    utils.add_network_arguments(parser, layers=4, channels=48, keep_prob=1.0, drop_path=1.0)
+def parse_args() -> tuple[argparse.Namespace, Architecture]:
+    """The program's flags, and the architecture that they name."""
+    parser = Parser('Train or test the network of one architecture on images in class folders.')
+    add_run_flags(parser, output_dir='exp/imagenet', data='imagenet/raw-data')
+    datasets.add_file_flags(parser, processes_here())
+    training.add_training_flags(parser, batch_size=128, eval_batch_size=128, epochs=250, l2_reg=3e-5)
+    training.add_network_flags(parser, layers=4, channels=48, keep_prob=1.0, drop_path=1.0)
     group = parser.add_argument_group('ImageNet')
-    group.add_argument('--lr', type=utils.POSITIVE, default=0.1, help='learning rate of the first epoch: 0.1 per 128 images '
-                       'of --batch_size')
-    group.add_argument('--gamma', type=utils.POSITIVE, default=0.97, help='factor of the learning rate')
-    group.add_argument('--decay_period', type=utils.POSITIVE_INT, default=1, help='epochs between two such factors')
-    group.add_argument('--label_smooth', type=utils.FRACTION, default=0.1, help='share of a label given to all classes')
-    group.add_argument('--grad_clip', type=utils.POSITIVE, default=5.0, help='gradients are clipped to this norm')
-    return utils.parse_training_arguments(parser)
+    add(group, 'lr', 'learning rate of the first epoch: 0.1 per 128 images of --batch_size', 0.1, type=POSITIVE)
+    add(group, 'gamma', 'factor of the learning rate', 0.97, type=POSITIVE)
+    add(group, 'decay_period', 'epochs between two such factors', 1, type=POSITIVE_INT)
+    add(group, 'label_smooth', 'share of a label given to all classes', 0.1, type=FRACTION)
+    add(group, 'grad_clip', 'gradients are clipped to this norm', 5.0, type=POSITIVE)
+    return training.parse_training_flags(parser)
 
 
 def main() -> None:
     """Train or test, as --mode says."""
-    args = parse_args()
-    arch = utils.read_architecture(args)
-    run = utils.Run(args)
+    args, arch = parse_args()
+    run = Run(args)
     if args.mode == 'train' and run.is_first and abs(args.lr / (LR_PER_IMAGE * args.batch_size) - 1) > 0.01:
         print(f'warning: --lr={args.lr:g} with --batch_size={args.batch_size}: the published results keep 0.1 per 128 images, '
               f'which is --lr={LR_PER_IMAGE * args.batch_size:g}', file=sys.stderr, flush=True)
     train_files, valid_files, classes = datasets.open_files(
-        args.data, args.zip_file, args.lazy_load or args.mode == 'test', args.seed, utils.processes_here(), run.is_first)
+        args.data, args.zip_file, args.lazy_load or args.mode == 'test', args.seed, processes_here(), run.is_first)
     valid_batches = datasets.FileBatches(valid_files, args.eval_batch_size, run.device, args.workers, rank=run.rank,
                                          world=run.world)
 
@@ -53,15 +54,15 @@ def main() -> None:
         return NASNetworkImageNet(len(classes), args.layers, args.nodes, args.channels, args.keep_prob,
                                   args.drop_path_keep_prob, use_aux_head, steps, arch)
     if args.mode == 'test':
-        utils.test_network(run, build, valid_batches)
+        training.test_network(run, build, valid_batches)
         return
     train_batches = datasets.FileBatches(train_files, args.batch_size, run.device, args.workers,
                                          generator=run.generators['data'], rank=run.rank, world=run.world)
-    utils.train_network(run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, valid_batches,
-                        l2_reg=args.l2_reg, classes=classes, epochs=args.epochs, grad_bound=args.grad_clip,
-                        label_smooth=args.label_smooth,
-                        lr=partial(utils.step_decay, lr=args.lr, gamma=args.gamma, decay_period=args.decay_period))
+    training.train_network(run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, valid_batches,
+                           l2_reg=args.l2_reg, classes=classes, epochs=args.epochs, grad_bound=args.grad_clip,
+                           label_smooth=args.label_smooth,
+                           lr=partial(training.step_decay, lr=args.lr, gamma=args.gamma, decay_period=args.decay_period))
 
 
 if __name__ == '__main__':
-    utils.run_program(main)
+    run_program(main)

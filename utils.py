@@ -1,199 +1,40 @@
-"""What the programs share: flags and errors, device and processes, logs, checkpoints, the training loop.
+"""Where a program runs and writes: device, processes, log, metrics, random generators.
 
-A program is `main(args)` under `run_program`. A `Run` knows where it runs (device, process, output directory) and owns all
-random generators; `train_epoch` and `evaluate` are the one loop; `fit` is a whole resumable training of a network.
+A `Run` is what all programs pass around: it knows its device and process, owns the output directory, and holds every random
+generator, whose states are in each checkpoint.
 """
 
 import argparse
 import contextlib
 import copy
-import difflib
-import errno
 import inspect
 import json
 import math
 import os
-import pickle
 import shutil
-import signal
 import sys
 import threading
 import time
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
-import architecture
-from datasets import DataError
-from operations import FactorizedReduce
+import checkpoint
+from flags import Stopped, UserError
 
 LOG_EVERY = 100  # steps between two log lines
 LIVE_EVERY = 2  # seconds between two looks at a running loss, which wait for the device; only on a terminal
 LIFE_EVERY = 10  # seconds between two signs of life of a process that shares a queue with others
 LIFE_LIMIT = 600  # seconds without one after which it is given up, as collective operations do
-AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
-NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'), np.dtype,
-                type(np.dtype(np.float64)), type(np.dtype(np.float32))]  # what a pickled one, such as an accuracy, needs
 
-
-class UserError(Exception):
-    """Something that the user can mend; the message is one line that says what is wrong and what would be right."""
-
-
-class NotFiniteError(Exception):
-    """A training loss is infinite or not a number."""
-
-
-class LostProcessError(Exception):
-    """Another process of the run does not answer any more."""
-
-
-# ----------------------------------------------------------------------------------------------------- flags and errors
-
-class OneLineHelp(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with a line for each flag: what it means, its default if it has one; the terminal wraps, not we."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=50, width=1000)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_it = '(default' in (action.help or '')
-        if says_it or any(action.default is none for none in (None, False, argparse.SUPPRESS)) or not action.option_strings:
-            return action.help
-        return super()._get_help_string(action)
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: 'N', float: 'X'}.get(getattr(action.type, 'kind', None), 'TEXT')
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and whose help is a line for each flag.
-
-    positional: what the usage line shows besides flags.
-    """
-
-    def __init__(self, description: str, positional: str = ''):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=OneLineHelp,
-                         usage=f'%(prog)s [--FLAG=VALUE ...] {positional}'.rstrip())
-
-    def error(self, message: str) -> None:
-        """Print the message as one line and exit with status 2."""
-        raise UserError(f'{message} (see --help)')
-
-    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
-        """Parse the flags; for an unknown one the error suggests the nearest. Raises UserError."""
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split('=')[0], known, n=1)
-            if not unknown[0].startswith('-'):
-                self.error(f'what is {unknown[0]!r} for? a value with spaces needs quotes, --FLAG="A B"')
-            self.error(f'there is no flag {unknown[0]}' + (f'; did you mean {near[0]}?' if near else ''))
-        return parsed
-
-
-def number(kind: type, least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: an int or float from `least` (with `above`: beyond it) to `most`."""
-    def convert(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (value > least if above else value >= least) or not value <= most or math.isinf(value):
-            name = 'a whole number' if kind is int else 'a number'
-            low = f'above {least:g}' if above else f'of at least {least:g}'
-            raise argparse.ArgumentTypeError(
-                f'must be {name} {low}{f" and at most {most:g}" if most < math.inf else ""}, not {text!r}')
-        return value
-    convert.kind = kind  # for the help
-    return convert
-
-
-POSITIVE_INT, COUNT = number(int, 1), number(int, 0)
-SEED = number(int, 0, 2**63 - 1)  # what a generator takes
-BATCH = number(int, 2)  # batch-norm cannot train on a single image
-POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
-KEEP = number(float, 0, 1, above=True)
-FRACTION = number(float, 0, 1)
-
-
-def add_run_arguments(parser: Parser, output_dir: str, data: str = 'data') -> None:
-    """The flags of every program: where it runs, where it writes, the seed."""
-    group = parser.add_argument_group('run')
-    group.add_argument('--data', metavar='DIR', default=data, help='directory of the data set')
-    group.add_argument('--output_dir', metavar='DIR', default=output_dir, help='directory of checkpoints and metrics.jsonl; '
-                       'a run that finds its checkpoint.pt there goes on from it')
-    group.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:N or mps (default: CUDA if there is a GPU, else MPS, '
-                       'else the CPU)')
-    group.add_argument('--seed', type=SEED, default=0, help='of all random draws')
-    group.add_argument('--amp', choices=['off', 'bf16', 'fp16'], default='off', help='mixed precision; off: float32 '
-                       'throughout')
-    group.add_argument('--tf32', action='store_true', help='let NVIDIA GPUs round the factors of float32 products to TF32')
-    group.add_argument('--save_every', type=COUNT, default=0, metavar='N',
-                       help='also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best')
-    group.add_argument('--tensorboard', action='store_true', help='mirror metrics.jsonl for TensorBoard in --output_dir (needs '
-                       'the package tensorboard)')
-
-
-def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
-    """Run a program's main; a user's mistake ends in one line and status 2, Ctrl-C in one line and status 130.
-
-    goes_on: whether the program started again goes on from a checkpoint.
-    """
-    program = Path(sys.argv[0]).name
-    try:
-        main()
-    except (UserError, DataError) as error:
-        status, line = 2, f'{program}: error: {error}'
-    except (NotFiniteError, LostProcessError) as error:
-        status, line = 1, f'{program}: stopped: {error}'
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        status, line = 130, f'{program}: interrupted' + '; the same command goes on from the last checkpoint' * goes_on
-    except RuntimeError as error:
-        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
-            raise
-        status, line = 1, f'{program}: stopped: another process has ended, which will have said why'
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        status, line = 2, (f'{program}: error: --output_dir cannot be written ({error.strerror}); make room and run the same '
-                           'command again')
-    else:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
-    sys.stdout.flush()
-    if is_first_to_say(line):
-        LiveLine(True).clear()
-        print(line, file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def is_first_to_say(line: str) -> bool:
-    """Whether no other process of this machine has said this line: what is wrong in all of them is told once."""
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
-        return True
-    try:
-        store, *_ = next(dist.rendezvous('env://', timeout=timedelta(seconds=10)))
-        return store.add(f'{os.environ.get("GROUP_RANK", 0)} said {line}', 1) == 1
-    except (RuntimeError, ValueError, KeyError):  # the process that keeps the store is gone
-        return os.environ.get('LOCAL_RANK', '0') == '0'
-
-
-# ------------------------------------------------------------------------------------------------- device and processes
 
 def choose_device(name: str | None) -> torch.device:
     """The device a user asks for, or the best one there is; under torchrun each process takes its own GPU.
@@ -366,7 +207,7 @@ class Run:
         if self.is_first:
             try:
                 result[0] = function()
-            except (UserError, DataError) as error:
+            except UserError as error:
                 result[1] = str(error)
         dist.broadcast_object_list(result, device=self.device if self.device.type == 'cuda' else None)
         if result[1] is not None:
@@ -418,7 +259,7 @@ class Run:
     def wait_for_all(self, name: str) -> None:
         """Wait until all processes have finished a queue, which may take hours: a collective operation would time out.
 
-        Raises LostProcessError when one shows no life any more: its machine vanished, or it hangs.
+        Raises flags.Stopped when one shows no life any more: its machine vanished, or it hangs.
         """
         counts, changed, look = [-1] * self.world, [0.0] * self.world, 0.0
         while self.store.add(f'{name} finished', 0) < self.world:
@@ -430,7 +271,7 @@ class Run:
                     if count != counts[rank]:
                         counts[rank], changed[rank] = count, now
                     elif now - changed[rank] > LIFE_LIMIT:
-                        raise LostProcessError(f'process {rank} has not answered for {LIFE_LIMIT} s; the same command goes on '
+                        raise Stopped(f'process {rank} has not answered for {LIFE_LIMIT} s; the same command goes on '
                                                'with what is done')
             time.sleep(0.2)
 
@@ -488,6 +329,12 @@ class Run:
         random = self.gather({name: generator.get_state() for name, generator in self.generators.items()})
         return {'args': vars(self.args), 'environment': self.environment(), 'random': random,
                 'scaler': self.scaler.state_dict(), 'metrics_bytes': metrics.stat().st_size if metrics.exists() else 0}
+
+    def save(self, state: dict[str, Any], *paths: Path) -> None:
+        """Write a checkpoint of `state` and of what every one holds to each path; all processes call it together."""
+        state = self.state() | state
+        if self.is_first:
+            checkpoint.save(state, *paths)
 
     def resume(self, state: dict[str, Any], where: str) -> None:
         """Go on as a checkpoint's run: its random generators, and metrics.jsonl as it was then; log from where.
@@ -575,37 +422,6 @@ class Run:
         processes = f', {self.world} processes' if self.world > 1 else ''
         return f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}'
 
-    def log_start(self, model: nn.Module, madds: int) -> None:
-        """Log what a reader wants to know first: device, sizes, arguments."""
-        self.log(self.environment())
-        self.log(f'parameters {count_parameters(model):,} (without the auxiliary head), multiply-adds of one image {madds:,}')
-        self.log('arguments ' + ' '.join(f'--{key}={value}' for key, value in vars(self.args).items()))
-
-
-# ---------------------------------------------------------------------------------------------------------------- sizes
-
-def count_parameters(model: nn.Module) -> int:
-    """The number of parameters, the auxiliary head left out as in the paper's tables."""
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith('auxiliary_head.'))
-
-
-@torch.no_grad()
-def count_madds(model: nn.Module, image_size: int, *extras: Any) -> int:
-    """Multiply-adds of the convolutions and linear layers for one image; `extras` go to the model after the image.
-
-    They are counted on a copy without values, where no other operation is computed as a convolution (see kernels.py).
-    """
-    model, zeros = copy.deepcopy(model).to('meta').eval(), []
-
-    def count_zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        zeros.append(3 * inputs[0].shape[1] * output.numel())  # three of the four pixels of its 2×2 convolution
-    for module in model.modules():
-        if isinstance(module, FactorizedReduce):
-            module.register_forward_hook(count_zeros)
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device='meta'), *extras)
-    return counter.get_total_flops() // 2 - sum(zeros)
-
 
 def seconds_of(run: Run, function: Callable[[], Any]) -> float:
     """Seconds that a call takes once it has been warmed up, the better of two; the default random generators stay as they
@@ -620,412 +436,3 @@ def seconds_of(run: Run, function: Callable[[], Any]) -> float:
                 torch.cuda.synchronize(run.device)
             seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-def save_checkpoint(run: Run, state: dict[str, Any], *paths: Path) -> None:
-    """Write a checkpoint to each path (the first process does): to a temporary file beside it, flushed, renamed.
-
-    Raises UserError when it cannot be written; what stood at the path then still stands there.
-    """
-    if not run.is_first:
-        return
-    for path in paths:
-        temporary = path.with_name(path.name + '.tmp')
-        try:
-            with open(temporary, 'wb') as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            if not isinstance(error, OSError | RuntimeError):  # PyTorch's writer turns a full disk into a RuntimeError
-                raise
-            reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
-            raise UserError(f'{path} cannot be written ({reason}); the checkpoint before it is intact, '
-                            'make room and run the same command again') from None
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this project or of the reference (whose `args` is a Namespace, and whose names may start with
-    `module.`) onto the CPU; `args` becomes a dict. Raises UserError.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBER]), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            state = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f'{path}: there is no such checkpoint; train first, or name one with --checkpoint') from None
-    except Exception as error:  # torch.load raises a dozen kinds for a file that is not what it should be
-        reason = 'it holds more than tensors and numbers' if isinstance(error, pickle.UnpicklingError) else (
-            f'{error}'.partition('\n')[0][:100] or type(error).__name__)
-        raise UserError(f'{path}: is not a readable checkpoint ({reason}); it is cut off, damaged or another kind of file; '
-                        'to begin anew delete it or name another --output_dir') from None
-    args = state.get('args', {}) if isinstance(state, dict) else None
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(args, dict) or not isinstance(state.get('model'), dict):
-        raise UserError(f'{path}: is not a checkpoint of this project: a dict with "model" and "args" is needed')
-    state['args'] = args
-    state['model'] = {name.removeprefix('module.'): value for name, value in state['model'].items()}
-    return state
-
-
-def require(state: dict[str, Any], names: Iterable[str], path: str | Path, advice: str = '') -> None:
-    """Raise UserError if a checkpoint lacks what a run needs to go on from it; advice: what else can be done with it."""
-    if missing := [name for name in names if name not in state]:
-        raise UserError(f'{path}: has no "{missing[0]}", so no run can go on from it; {advice}name another --output_dir')
-
-
-def load_network_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read the checkpoint of one architecture's network; raises UserError, also if it is that of a search."""
-    state = load_checkpoint(path)
-    if 'phase' in state:
-        raise UserError(f'{path}: is the checkpoint of a search; train an architecture of its arch_pool, into another place')
-    return state
-
-
-def architecture_of(state: dict[str, Any]) -> str | None:
-    """The architecture of a checkpoint's network, as a user names it; None if the checkpoint does not say.
-
-    A pool file that --fixed_arc named may have changed since, so the line that the checkpoint holds goes first.
-    """
-    args = state['args']
-    return state.get('arch') or args.get('fixed_arc') or args.get('arch')  # the last is the reference's name for it
-
-
-def load_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path,
-               flags: str = '--fixed_arc, --layers, --channels and --use_aux_head') -> None:
-    """Load a checkpoint's weights strictly; raises UserError if they are those of another network.
-
-    flags: those that make the network what it is, for the message.
-    """
-    wanted = model.state_dict()
-    rows, wanted_rows = (len(names['classifier.weight']) if 'classifier.weight' in names else 0
-                         for names in (weights, wanted))
-    if rows and wanted_rows and rows != wanted_rows:
-        raise UserError(f'{path}: is for {rows} classes, this data set has {wanted_rows}; give the --dataset or '
-                        '--data it was trained on')
-    if strange := [name for name, value in weights.items() if not torch.is_tensor(value)]:
-        raise UserError(f'{path}: {strange[0]} in its "model" is not a tensor')
-    trackers = {name for name in wanted if name.endswith('num_batches_tracked')}  # absent before PyTorch 0.4.1
-    different = [name for name in wanted.keys() | weights.keys() if name not in trackers - weights.keys() and (
-        name not in wanted or name not in weights or wanted[name].shape != weights[name].shape)]
-    if different:
-        raise UserError(f'{path}: is of another architecture or size: {len(different)} of its parameters differ, such as '
-                        f'{min(different)}; give the {flags} it was trained with')
-    model.load_state_dict(weights, strict=True)
-
-
-# ------------------------------------------------------------------------------------------------------------- the loop
-
-def cosine(epoch: int, epochs: int, lr_max: float, lr_min: float) -> float:
-    """The learning rate of an epoch, from 0: lr_min + (lr_max - lr_min)(1 + cos(π·epoch/epochs)) / 2."""
-    return lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-
-
-def step_decay(epoch: int, lr: float, gamma: float, decay_period: int) -> float:
-    """The learning rate of an epoch, from 0: lr times gamma for every `decay_period` epochs done."""
-    return lr * gamma ** (epoch // decay_period)
-
-
-class Meter:
-    """Sums loss and right answers on the device; nothing is read before `values` is called."""
-
-    def __init__(self, run: Run):
-        dtype = torch.float32 if run.device.type == 'mps' else torch.float64  # MPS has no double
-        self.run, self.sums = run, torch.zeros(4, device=run.device, dtype=dtype)
-        self.start = time.perf_counter()
-
-    @torch.no_grad()
-    def update(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-        """Count a batch: logits (batch, classes), labels (batch,), mean loss ()."""
-        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        self.sums[:3] += torch.stack([loss * len(labels), right[:, 0].sum(), right.sum()])
-        self.sums[3] += len(labels)
-
-    def values(self, of_all: bool = True) -> dict[str, float]:
-        """Mean loss, top-1 and top-5 accuracy in per cent, images per second; waits for the device.
-
-        Of all processes, which call it together, or of this one.
-        """
-        loss, top1, top5, images = (self.run.sum(self.sums.clone()) if of_all else self.sums).tolist()
-        seconds = time.perf_counter() - self.start
-        return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images,
-                'images_per_second': images / seconds}
-
-
-class Clock:
-    """Estimates the time that the rest of a training takes from what was done since the clock's start."""
-
-    def __init__(self, step: int, steps: int):
-        self.start, self.first, self.steps = time.monotonic(), step, steps
-
-    def left(self, step: int) -> str:
-        """The time to the last step, as h:mm:ss."""
-        per_step = (time.monotonic() - self.start) / max(1, step - self.first)
-        return str(timedelta(seconds=round(per_step * max(0, self.steps - step))))
-
-
-def describe(values: dict[str, float]) -> str:
-    """A meter's values as a log line shows them."""
-    return (f'loss {values["loss"]:.4f} top-1 {values["top1"]:.2f} % top-5 {values["top5"]:.2f} % '
-            f'{values["images_per_second"]:.0f} images/s')
-
-
-def steps_of(batches: Iterable, max_steps: int | None = None) -> int:
-    """The steps of an epoch: all batches, or `max_steps` of them."""
-    return min(len(batches), max_steps or len(batches))
-
-
-def update(run: Run, optimizer: torch.optim.Optimizer, loss: Tensor, grad_bound: float) -> None:
-    """Make an optimiser step on the parameters that the loss reaches: a supernet's step leaves thousands of others alone."""
-    group, = optimizer.param_groups
-    parameters = group['params']
-    run.scaler.scale(loss).backward()
-    used = [parameter for parameter in parameters if parameter.grad is not None]
-    group['params'] = used
-    run.scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(used, grad_bound)
-    run.scaler.step(optimizer)
-    run.scaler.update()
-    group['params'] = parameters
-    for parameter in used:
-        parameter.grad = None
-
-
-def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor | None]], optimizer: torch.optim.Optimizer,
-                batches: Iterable, *, title: str, lr: float, step: int, clock: Clock, grad_bound: float,
-                label_smooth: float = 0.0, max_steps: int | None = None) -> tuple[dict[str, float], int]:
-    """Train on `batches` (all, or `max_steps` of them) and return the epoch's values (see Meter) and the next step.
-
-    forward(images, step) gives (logits, auxiliary logits or None). The loss is cross-entropy, plus 0.4 times that of the
-    auxiliary logits. Raises NotFiniteError, at a log line or the end, when the loss was not finite.
-    """
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-    meter, count = Meter(run), steps_of(batches, max_steps)
-
-    def values() -> dict[str, float]:
-        now = meter.values()
-        if not math.isfinite(now['loss']):
-            raise NotFiniteError(f'the loss is {now["loss"]} in {title}, step {done}/{count}; the last checkpoint is kept; '
-                                 'a smaller learning rate may help')
-        return now
-
-    for done, (images, labels, weight) in enumerate(batches, start=1):
-        with run.autocast():
-            logits, aux_logits = forward(images, step)
-            loss = F.cross_entropy(logits, labels, label_smoothing=label_smooth)
-            if aux_logits is not None:
-                loss = loss + AUX_WEIGHT * F.cross_entropy(aux_logits, labels, label_smoothing=label_smooth)
-        update(run, optimizer, loss * weight if weight != 1 else loss, grad_bound)
-        meter.update(logits, labels, loss)
-        step += 1
-        if done % LOG_EVERY == 0:
-            run.log(f'{title} step {done}/{count} {describe(values())} lr {lr:.3g} left {clock.left(step)}')
-        elif run.live.due:
-            run.live.show(f'{title} step {done}/{count} {describe(meter.values(of_all=False))} left {clock.left(step)}')
-        if done == count:
-            break
-    return values(), step
-
-
-@torch.no_grad()
-def evaluate(run: Run, model: nn.Module, batches: Iterable) -> dict[str, float]:
-    """Mean loss, top-1 and top-5 accuracy in per cent of the model in eval mode on `batches`."""
-    model.eval()
-    meter = Meter(run)
-    for done, (images, labels) in enumerate(batches, start=1):
-        with run.autocast():
-            logits, _ = model(images)
-            loss = F.cross_entropy(logits, labels)
-        meter.update(logits, labels, loss)
-        if run.live.due:
-            run.live.show(f'testing {done}/{len(batches)} {describe(meter.values(of_all=False))}')
-    return meter.values()
-
-
-def fit(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batches: Iterable, eval_batches: Iterable, *,
-        epochs: int, lr: Callable[[int], float], title: str = '', split: str = 'test', state: dict[str, Any] | None = None,
-        after_epoch: Callable[[int, int, dict, dict], None] = lambda *values: None, **options: Any) -> dict[str, float]:
-    """Train a network for `epochs`, on from a checkpoint's `state` if given; return the last evaluation's values.
-
-    lr(epoch) is an epoch's learning rate; split: what the log calls the images of eval_batches; after_epoch(epochs done, step,
-    training values, evaluation values) is called after each; `options` go to train_epoch.
-    """
-    parallel, evaluation = run.parallel(model), {}
-    epoch = state['epoch'] if state else 0
-    if state:
-        run.resume(state, f'epoch {epoch}')
-    count = steps_of(train_batches, options.get('max_steps'))
-    step = epoch * count  # in today's steps: those of the checkpoint may have been of another batch size
-    clock = Clock(step, epochs * count)
-    while epoch < epochs:
-        model.train()
-        rate = lr(epoch)
-        name = f'{title}epoch {epoch + 1}/{epochs}'
-        training, step = train_epoch(run, parallel, optimizer, train_batches, title=name, lr=rate, step=step, clock=clock,
-                                     **options)
-        run.average_statistics(model)
-        evaluation = evaluate(run, model, eval_batches)
-        if not math.isfinite(evaluation['loss']):  # the last step broke the weights; they must not become a checkpoint
-            raise NotFiniteError(f'the {split} loss is {evaluation["loss"]} after {name}; the last checkpoint is kept; a '
-                                 'smaller learning rate may help')
-        epoch += 1
-        run.log(f'{name} train {describe(training)} | {split} {describe(evaluation)} lr {rate:.3g} left {clock.left(step)}')
-        after_epoch(epoch, step, training, evaluation)
-    return evaluation
-
-
-def sgd(run: Run, model: nn.Module, l2_reg: float) -> torch.optim.SGD:
-    """The optimiser of every network here: SGD with momentum 0.9; train_epoch sets its learning rate."""
-    fused = run.device.type in ('cpu', 'cuda')
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=l2_reg, fused=fused)
-    for parameter in model.parameters():  # the fused step cannot start some of them later, as a supernet's paths would
-        optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
-    """Load a checkpoint's optimiser, its momentum laid out in memory as the parameters are (the fused step needs that).
-
-    Raises UserError if it is not of the same parameters.
-    """
-    try:
-        for group in state['param_groups']:
-            group.update({name: value for name, value in optimizer.param_groups[0].items() if name in ('fused', 'foreach')})
-        optimizer.load_state_dict(state)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f'{path}: its "optimizer" is not that of its network; name another --output_dir') from None
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter).copy_(value)
-
-
-# ------------------------------------------------------------------------------- training and testing a found architecture
-
-def add_file_arguments(parser: Parser) -> None:
-    """The flags of reading images from files."""
-    group = parser.add_argument_group('image files')
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    group.add_argument('--zip_file', action='store_true', help='read train.zip and valid.zip instead of folders')
-    group.add_argument('--lazy_load', action='store_true', help='read images when they are needed, not into memory first')
-    group.add_argument('--workers', type=COUNT, default=max(1, cores // processes_here()), help='processes that decode '
-                       'images; by default the cores, which the processes of a machine share')
-
-
-def add_network_arguments(parser: Parser, layers: int, channels: int, keep_prob: float, drop_path: float) -> None:
-    """The flags of a fixed architecture's network."""
-    group = parser.add_argument_group('network')
-    group.add_argument('--fixed_arc', '--arch', metavar='ARCH', help='the architecture: a line of integers, NAONet_A, NAONet_B '
-                       'or the path of an arch_pool file')
-    group.add_argument('--arc_index', type=COUNT, default=0, help='which line of the arch_pool file, from 0')
-    group.add_argument('--layers', type=POSITIVE_INT, default=layers, help='normal cells before, between and after the '
-                       'reduction cells')
-    group.add_argument('--nodes', type=POSITIVE_INT, default=5, help='nodes of a cell')
-    group.add_argument('--channels', type=POSITIVE_INT, default=channels, help='channels of the first cells')
-    group.add_argument('--keep_prob', type=KEEP, default=keep_prob, help='1 - dropout before the classifier')
-    group.add_argument('--drop_path_keep_prob', type=KEEP, default=drop_path, help='1 - drop path of the last cell at the end')
-    group.add_argument('--use_aux_head', action='store_true', help='train with the auxiliary head')
-
-
-def add_training_arguments(parser: Parser, batch_size: int, eval_batch_size: int, epochs: int, l2_reg: float) -> None:
-    """The flags of training and testing a fixed architecture's network."""
-    group = parser.add_argument_group('training')
-    group.add_argument('--mode', choices=['train', 'test'], default='train', help='test: only evaluate a checkpoint')
-    group.add_argument('--checkpoint', metavar='PATH', help='what to test (default: checkpoint_best.pt in '
-                       '--output_dir)')
-    group.add_argument('--batch_size', type=BATCH, default=batch_size, help='images per step')
-    group.add_argument('--eval_batch_size', type=POSITIVE_INT, default=eval_batch_size, help='images per evaluation step')
-    group.add_argument('--epochs', type=POSITIVE_INT, default=epochs, help='how often all training images are seen')
-    group.add_argument('--l2_reg', type=NOT_NEGATIVE, default=l2_reg, help='weight decay')
-    group.add_argument('--compile', action='store_true', help='compile each cell with torch.compile (minutes, then faster on '
-                       'GPUs)')
-
-
-def parse_training_arguments(parser: Parser) -> argparse.Namespace:
-    """Parse a training program's flags; in test mode the checkpoint answers for what the flags leave out.
-
-    Raises UserError for a missing architecture.
-    """
-    args = parser.parse_args()
-    if args.mode == 'test':
-        path = args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt'
-        state = load_network_checkpoint(path)
-        saved = state['args'] | {'fixed_arc': architecture_of(state)}
-        known = [f'--{name}={saved[name]}' for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
-                 if saved.get(name) is not None and hasattr(args, name)]
-        try:
-            args = parser.parse_args([*known, *sys.argv[1:]])
-        except UserError as error:
-            raise UserError(f'{path}: its arguments do not suit this program: {error}') from None
-    if not args.fixed_arc:
-        raise UserError('--fixed_arc is missing: a line of integers, or the path of an arch_pool file')
-    return args
-
-
-def read_architecture(args: argparse.Namespace) -> architecture.Architecture:
-    """The architecture that --fixed_arc and --arc_index name; raises UserError.
-
-    `args` then has the architecture itself: a checkpoint must not depend on a pool file that a later search rewrites.
-    """
-    try:
-        arch = architecture.read(args.fixed_arc, args.arc_index, args.nodes)
-    except architecture.ArchitectureError as error:
-        raise UserError(f'--fixed_arc: {error}') from None
-    args.fixed_arc, args.arc_index = str(arch), 0
-    return arch
-
-
-def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Iterable) -> dict[str, float]:
-    """Evaluate checkpoint_best.pt, or --checkpoint, and log its errors; build(use_aux_head) makes the network."""
-    path = run.args.checkpoint or run.output_dir / 'checkpoint_best.pt'
-    weights = load_network_checkpoint(path)['model']
-    model = run.place(build(any(name.startswith('auxiliary_head.') for name in weights)))
-    load_model(model, weights, path)
-    values = evaluate(run, model, eval_batches)
-    run.log(f'{path}: loss {values["loss"]:.4f} top-1 error {100 - values["top1"]:.2f} % '
-            f'top-5 error {100 - values["top5"]:.2f} % on {eval_batches.count} images')
-    return values
-
-
-def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batches: Iterable, *, l2_reg: float,
-                  classes: list[str] | None = None, **options: Any) -> None:
-    """Train a network to the end, from checkpoint.pt in the output directory if there is one; `options` go to `fit`.
-
-    classes: their names, for the checkpoint.
-
-    After each epoch checkpoint.pt, and checkpoint_best.pt if the test accuracy is the best so far, are written, and a line
-    of metrics.jsonl.
-    """
-    model, path = run.place(model), run.output_dir / 'checkpoint.pt'
-    if run.args.compile:
-        run.compile_cells(model)
-    optimizer = sgd(run, model, l2_reg)
-    state = run.together(lambda: load_network_checkpoint(path) if os.path.exists(path) else None)
-    if state:
-        require(state, ('epoch', 'optimizer', 'best_acc_top1'), path, 'test it by --mode=test --checkpoint, or ')
-        load_model(model, state['model'], path)
-        load_optimizer(optimizer, state['optimizer'], path)
-    run.open_output(anew=state is None)
-    run.log_start(model, count_madds(model, eval_batches.size))
-    best = float(state['best_acc_top1']) if state else -1.0  # a first network that gets nothing right is the best so far
-
-    def after_epoch(epoch: int, step: int, training: dict, evaluation: dict) -> None:
-        nonlocal best
-        is_best, best = evaluation['top1'] > best, max(best, evaluation['top1'])
-        run.write_metrics(kind='epoch', epoch=epoch, step=step, lr=options['lr'](epoch - 1), train=training, test=evaluation,
-                          best_acc_top1=best)
-        paths = [run.output_dir / 'checkpoint_best.pt'] * is_best + [path]
-        if run.args.save_every and epoch % run.args.save_every == 0:
-            paths.insert(0, run.output_dir / f'checkpoint_{epoch}.pt')
-        save_checkpoint(run, run.state() | {
-            'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch, 'step': step,
-            'best_acc_top1': best, 'arch': str(model.arch), 'classes': classes}, *paths)
-
-    fit(run, model, optimizer, train_batches, eval_batches, state=state, after_epoch=after_epoch, **options)
-    run.log(f'finished: best test top-1 error {100 - best:.2f} %, checkpoints in {run.output_dir}')

@@ -167,13 +167,27 @@ def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
         time.sleep(0.005)
 
 
-def kill_at(function: str, call: int, after: bool = False, rank: int = 0, by: str = 'SIGKILL') -> str:
-    """A preamble that kills the program (kill -9) just before or after the given call, from 1, of a function.
+MOMENTS = {  # where programs are interrupted -> the function that does it, looked up in its module by who calls it
+    'an epoch': 'training.train_epoch',
+    'an evaluation': 'training.evaluate',
+    'a checkpoint': 'checkpoint.save',
+    'a candidate': 'candidates.train_candidate',
+    'a round of fits': 'controller.fit_all',
+    'a fit': 'controller.fit',
+    'a batch': 'datasets.normalise',
+    'a write': 'torch.save',
+    'a flush': 'os.fsync',
+    'a rename': 'os.replace',
+}
 
-    function: such as 'os.replace'; it is replaced where it is defined, so the program must look it up there. Of several
-    processes the one of `rank` dies. by: another signal, such as SIGSTOP, after which the process only seems dead.
+
+def kill_at(moment: str, call: int, after: bool = False, rank: int = 0, by: str = 'SIGKILL') -> str:
+    """A preamble that kills the program (kill -9) just before or after something happens for the given time, from 1.
+
+    moment: one of MOMENTS. Of several processes the one of `rank` dies. by: another signal, such as SIGSTOP, after which the
+    process only seems dead.
     """
-    module, name = function.rsplit('.', 1)
+    module, name = MOMENTS[moment].rsplit('.', 1)
     return f"""
 import importlib, os, signal
 module = importlib.import_module({module!r})

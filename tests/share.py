@@ -12,7 +12,8 @@ from helpers import assert_equal, fill
 
 import architecture
 import datasets
-import train_search
+import model_search
+import training
 import utils
 from model import NASNetworkCIFAR
 from model_search import NASWSNetworkCIFAR, WSBatchNorm
@@ -42,8 +43,8 @@ def one_step(run, model, forward, data, batch_size):
     model.zero_grad()
     batches = datasets.TrainBatches(data, batch_size, torch.Generator().manual_seed(1), 4, run.rank, run.world)
     optimizer = Recorder(model.parameters())
-    values, step = utils.train_epoch(run, forward, optimizer, batches, title='', lr=0.0, step=0,
-                                     clock=utils.Clock(0, 1), grad_bound=1e9, label_smooth=0.1, max_steps=1)
+    values, step = training.train_epoch(run, forward, optimizer, batches, title='', lr=0.0, step=0,
+                                     clock=training.Clock(0, 1), grad_bound=1e9, label_smooth=0.1, max_steps=1)
     assert step == 1
     del values['images_per_second']
     gradients = {name: optimizer.seen.get(id(parameter)) for name, parameter in model.named_parameters()}
@@ -68,13 +69,13 @@ def compute():
         for name, path in (('supernet', arch), ('other', other)):  # one after the other: paths differ
             result[f'{name} {batch_size}'] = one_step(
                 run, supernet, lambda images, step, path=path: supernet_parallel(images, path, step), data, batch_size)
-        values = utils.evaluate(run, fixed, datasets.EvalBatches(data, batch_size, run.rank, run.world))
+        values = training.evaluate(run, fixed, datasets.EvalBatches(data, batch_size, run.rank, run.world))
         fixed.train()
         freeze(fixed)
         del values['images_per_second']
         result[f'evaluation {batch_size}'] = values
     images, labels = datasets.EvalBatches(data, 100).batch(torch.arange(20))
-    result['scores'] = train_search.score_pool(run, supernet, pool, images, labels)
+    result['scores'] = model_search.score_pool(run, supernet, pool, images, labels)
     every = run.gather(result)
     for values in every:
         assert_equal(values, every[0])  # all processes have the same

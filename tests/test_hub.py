@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import flags
 import hubconf
-import utils
+import model
 from architecture import PUBLISHED
 
 TINY = {'layers': 1, 'channels': 4}
@@ -28,7 +29,7 @@ def with_flipped(images):
     (hubconf.naonet_a_imagenet, 11_353_831)])
 def test_entries_have_the_published_sizes(entry, parameters):
     with torch.device('meta'):
-        assert utils.count_parameters(entry()) == parameters
+        assert model.count_parameters(entry()) == parameters
 
 
 def test_torch_hub_loads_an_entry(request):
@@ -48,13 +49,13 @@ def test_a_checkpoint_says_what_network_it_is_of(tmp_path, imagenet):
 def test_a_wrong_checkpoint_is_one_line(tmp_path):
     path = tmp_path / 'checkpoint.pt'
     torch.save({'args': {}, 'model': tiny()[0].state_dict()}, path)
-    with pytest.raises(utils.UserError, match='does not name its architecture'):
+    with pytest.raises(flags.UserError, match='does not name its architecture'):
         hubconf.naonet(checkpoint=path)
-    with pytest.raises(utils.UserError, match='channels'):
+    with pytest.raises(flags.UserError, match='channels'):
         hubconf.naonet_b_36(path)
-    with pytest.raises(utils.UserError, match='no such checkpoint'):
+    with pytest.raises(flags.UserError, match='no such checkpoint'):
         hubconf.naonet_b_36(tmp_path / 'none.pt')
-    with pytest.raises(utils.UserError, match='give arch'):
+    with pytest.raises(flags.UserError, match='give arch'):
         hubconf.naonet()
 
 

@@ -7,9 +7,8 @@ from helpers import NAONET_A, NAONET_B, fill, inputs, reference
 
 import architecture
 from controller import NAO, shift
-from model import NASNetworkCIFAR, NASNetworkImageNet
+from model import NASNetworkCIFAR, NASNetworkImageNet, count_parameters
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet
-from utils import count_parameters
 
 NETWORKS = {  # name: (class, classes, layers, channels, architecture, parameters without the auxiliary head)
     'NAONet_A_36_cifar10': (NASNetworkCIFAR, 10, 6, 36, NAONET_A, 11_470_150),

@@ -28,6 +28,8 @@ from helpers import (
 from test_scripts import script
 from torch import nn
 
+import datasets
+import flags
 import utils
 from model import NASNetworkCIFAR
 
@@ -126,7 +128,7 @@ def images(tmp_path_factory):
 def test_when_a_process_dies_the_run_ends_and_the_same_command_ends_bit_identical(rank, images, tmp_path):
     command = [2, 'train_imagenet.py', *IMAGENET, f'--data={images}']
     killed = torchrun(*command, f'--output_dir={tmp_path / "killed"}',
-                      preamble=kill_at('datasets.normalise', 9, rank=rank)).wait(60)  # in the second epoch
+                      preamble=kill_at('a batch', 9, rank=rank)).wait(60)  # in the second epoch
     assert killed.status != 0 and 'epoch 1/2 train' in killed.out and 'epoch 2/2' not in killed.out
     again = torchrun(*command, f'--output_dir={tmp_path / "killed"}').wait()
     assert again.status == 0 and 'resumed after epoch 1' in again.out, again
@@ -170,7 +172,7 @@ def test_a_search_under_two_processes_runs_whole(few, tmp_path):
 
 def test_a_search_of_two_processes_stopped_after_a_scoring_ends_bit_identical(few, tmp_path):
     command = [2, 'train_search.py', *SEARCH, '--child_epochs=2', '--child_eval_epochs=1', '--child_rank_count=0']
-    killed = torchrun(*command, f'--output_dir={tmp_path / "killed"}', preamble=few + kill_at('controller.fit_all', 1)).wait()
+    killed = torchrun(*command, f'--output_dir={tmp_path / "killed"}', preamble=few + kill_at('a round of fits', 1)).wait()
     assert killed.status != 0
     again = torchrun(*command, f'--output_dir={tmp_path / "killed"}', preamble=few).wait()
     assert again.status == 0 and 'resumed after epoch 1, next: fit' in again.out, again
@@ -197,35 +199,37 @@ def test_a_script_runs_under_the_real_torchrun(images, tmp_path):
     (['--batch_size=3'], '', 'a batch of 3 images is too small for 2 processes: it needs at least 4'),
     (['--output_dir=/proc/nowhere'], '', '--output_dir=/proc/nowhere cannot be written'),
     (['--batch_size=16'], """
-import os, utils
+import os, flags, utils
 real = utils.choose_device
 def choose_device(name):
     if os.environ['LOCAL_RANK'] == '1':
-        raise utils.UserError('there is no second GPU')
+        raise flags.UserError('there is no second GPU')
     return real(name)
 utils.choose_device = choose_device
 """, 'there is no second GPU')])
-def test_a_mistake_is_told_once_whoever_makes_it(flags, preamble, words, few, tmp_path):
+def test_a_mistake_is_told_in_one_line_by_each_process_that_meets_it(flags, preamble, words, few, tmp_path):
     result = torchrun(2, 'train_cifar.py', *CIFAR, f'--output_dir={tmp_path / "out"}', *flags, preamble=few + preamble).wait()
     assert result.status != 0
-    lines = [line for line in result.err.splitlines() if line.startswith('train_cifar.py: error: ')]
-    assert len(lines) == 1 and words in lines[0], result.err
+    lines = [line for line in result.err.splitlines() if 'train_cifar.py: error: ' in line]
+    assert lines, result.err
+    for line in lines:
+        assert re.match(r'\[rank [01]\] train_cifar.py: error: ', line) and words in line, line
     assert not (tmp_path / 'out').exists() or files(tmp_path / 'out') == []
 
 
 @pytest.mark.parametrize('culprit', [0, 1])
 def test_the_others_stop_in_one_line_when_one_process_meets_a_mistake(culprit, few, tmp_path):
     result = torchrun(2, 'train_cifar.py', *CIFAR, '--epochs=1', f'--output_dir={tmp_path / "out"}', preamble=f"""{few}
-import os, utils
-real = utils.train_epoch
+import os, flags, training
+real = training.train_epoch
 def train_epoch(*args, **kwargs):
     if os.environ['RANK'] == '{culprit}':
-        raise datasets.DataError('1.png is broken')
+        raise flags.UserError('1.png is broken')
     return real(*args, **kwargs)
-utils.train_epoch = train_epoch
+training.train_epoch = train_epoch
 """).wait()
     assert result.status != 0
-    assert 'train_cifar.py: error: 1.png is broken' in result.err.splitlines()
+    assert f'[rank {culprit}] train_cifar.py: error: 1.png is broken' in result.err.splitlines()
     # the other one may be stopped by the launcher before it notices; its own words, if any, are a line
     assert 'gloo' not in result.err and 'utils.py", line' not in result.err, result.err
 
@@ -310,8 +314,8 @@ def test_the_workers_share_the_cores_of_a_machine(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     for processes, wanted in (('1', cores), (str(cores), 1), (str(4 * cores), 1)):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
-        parser = utils.Parser('')
-        utils.add_file_arguments(parser)
+        parser = flags.Parser('')
+        datasets.add_file_flags(parser, utils.processes_here())
         assert parser.parse_args([]).workers == wanted
 
 

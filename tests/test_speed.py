@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import architecture
 import datasets
+import training
 import utils
 from model import NASNetworkCIFAR, NASNetworkImageNet
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet
@@ -35,14 +36,14 @@ def make_network(kind):
 
 def steps(run, network, extras, batches):
     """Ten steps of the training loop's body, as between two log lines."""
-    optimizer = utils.sgd(run, network, 1e-4)
-    meter = utils.Meter(run)
+    optimizer = training.sgd(run, network, 1e-4)
+    meter = training.Meter(run)
     for step, (images, labels, weight) in enumerate(batches):
         with run.autocast():
             logits, aux_logits = network(images, *extras, step)
             loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
             loss = loss + 0.4 * torch.nn.functional.cross_entropy(aux_logits, labels)
-        utils.update(run, optimizer, loss * weight, 5.0)
+        training.update(run, optimizer, loss * weight, 5.0)
         meter.update(logits, labels, loss)
 
 

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 import architecture
+import checkpoint
 import datasets
 import hubconf
-import utils
+from flags import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXED = ['--dataset=digits', '--device=cpu', '--fixed_arc=NAONet_B', '--layers=1', '--channels=4', '--batch_size=479',
@@ -46,7 +47,7 @@ def call(program, *flags):
     with (mock.patch.object(sys, 'argv', [program, *map(str, flags)]), contextlib.redirect_stdout(out),
           contextlib.redirect_stderr(err)):
         try:
-            utils.run_program(module.main)
+            run_program(module.main)
             status = 0
         except SystemExit as end:
             status = end.code
@@ -242,7 +243,7 @@ def test_a_search_the_complete_way(runs, tmp_path):
     metrics = [json.loads(line) for line in (runs / 'search' / 'metrics.jsonl').read_text().splitlines()]
     metrics = [record for record in metrics if record['kind'] != 'epoch']
     (tmp_path / 'metrics.jsonl').write_text(''.join(f'{json.dumps(record)}\n' for record in metrics))
-    state = utils.load_checkpoint(runs / 'search' / 'checkpoint.pt')
+    state = checkpoint.load(runs / 'search' / 'checkpoint.pt')
     state['args'] |= {'method': 'NAO', 'rounds': 2}
     torch.save(state | {'model': {}}, tmp_path / 'checkpoint.pt')
     assert ' 2/2 rounds ' in output('tools/table.py', tmp_path)

@@ -28,6 +28,7 @@ from helpers import (
     without_speed,
 )
 
+import training
 import utils
 
 NETWORK = ['--dataset=digits', '--device=cpu', '--nodes=1', '--layers=1', '--channels=2', '--seed=3']
@@ -88,7 +89,7 @@ def test_a_training_leaves_two_checkpoints_and_metrics(trained):
     first_best = next(line['epoch'] for line in lines if line['test']['top1'] == best)
     assert load(folder / 'checkpoint_best.pt')['epoch'] == first_best
     for line in lines:
-        assert line['kind'] == 'epoch' and line['lr'] == pytest.approx(utils.cosine(line['epoch'] - 1, 3, 0.1, 0.0))
+        assert line['kind'] == 'epoch' and line['lr'] == pytest.approx(training.cosine(line['epoch'] - 1, 3, 0.1, 0.0))
         for part in (line['train'], line['test']):
             assert set(part) >= {'loss', 'top1', 'top5', 'images_per_second'}
             assert 0 <= part['top1'] <= part['top5'] <= 100 and part['images_per_second'] > 0
@@ -145,7 +146,7 @@ def test_save_every_keeps_more_checkpoints(few, tmp_path):
 
 
 def test_a_network_that_gets_nothing_right_still_has_a_best_checkpoint(few, tmp_path):
-    wrong = few + 'import utils\nreal = utils.evaluate\nutils.evaluate = lambda *args: real(*args) | {"top1": 0.0}\n'
+    wrong = few + 'import training\nreal = training.evaluate\ntraining.evaluate = lambda *args: real(*args) | {"top1": 0.0}\n'
     assert run(PROGRAM, *FLAGS, '--epochs=1', f'--output_dir={tmp_path}', preamble=wrong).status == 0
     assert load(tmp_path / 'checkpoint_best.pt')['best_acc_top1'] == 0.0
 
@@ -197,9 +198,9 @@ def test_mode_test_takes_a_published_checkpoint(prefix, trained, few, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize('moment', [
-    ('utils.train_epoch', 1, False), ('utils.evaluate', 1, True), ('torch.save', 1, False), ('torch.save', 1, True),
-    ('os.fsync', 1, True), ('os.replace', 1, True), ('torch.save', 2, True), ('os.replace', 2, False), ('os.replace', 2, True),
-    ('utils.train_epoch', 2, True), ('torch.save', 3, True), ('os.replace', 3, True), ('os.replace', 4, False)])
+    ('an epoch', 1, False), ('an evaluation', 1, True), ('a write', 1, False), ('a write', 1, True),
+    ('a flush', 1, True), ('a rename', 1, True), ('a write', 2, True), ('a rename', 2, False), ('a rename', 2, True),
+    ('an epoch', 2, True), ('a write', 3, True), ('a rename', 3, True), ('a rename', 4, False)])
 def test_a_killed_training_goes_on_and_ends_bit_identical(moment, trained, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     killed = run(*command, preamble=few + kill_at(*moment))
@@ -271,15 +272,15 @@ def test_ctrl_c_ends_with_status_130_and_one_line_that_says_how_to_go_on(trained
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     # the second epoch begins by waiting, so that the interruption surely comes into it
     slow = few + """
-import utils, time
-real, calls = utils.train_epoch, []
+import training, time
+real, calls = training.train_epoch, []
 def train_epoch(*args, **kwargs):
     calls.append(None)
     if len(calls) == 2:
         print('waiting', flush=True)
         time.sleep(600)
     return real(*args, **kwargs)
-utils.train_epoch = train_epoch
+training.train_epoch = train_epoch
 """
     program = Program(*command, preamble=slow)
     program.wait_for('waiting')

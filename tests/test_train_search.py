@@ -125,7 +125,7 @@ def test_the_best_are_ranked_by_training_from_scratch(searched):
 
 
 def test_of_equally_accurate_architectures_the_log_names_the_one_that_the_file_has_first(few, tmp_path):
-    equal = few + 'import utils\nreal = utils.evaluate\nutils.evaluate = lambda *args: real(*args) | {"top1": 10.0}\n'
+    equal = few + 'import training\nreal = training.evaluate\ntraining.evaluate = lambda *args: real(*args) | {"top1": 10.0}\n'
     result = run(PROGRAM, *FLAGS, '--child_epochs=1', '--child_rank_count=4', f'--output_dir={tmp_path}', preamble=equal)
     assert accuracies(tmp_path, 'arch_pool.perf.final') == [0.1] * 4
     assert lines(tmp_path, 'arch_pool.final') == lines(tmp_path, 'arch_pool')[:4]
@@ -298,7 +298,7 @@ def test_a_search_killed_after_or_within_every_phase_ends_bit_identical(call, af
     """Each run is killed just after its first checkpoint, or just before its second (and loses a whole phase)."""
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     kills = 0
-    while (result := run(*command, preamble=few + kill_at('utils.save_checkpoint', call, after))).status:
+    while (result := run(*command, preamble=few + kill_at('a checkpoint', call, after))).status:
         assert result.status == -signal.SIGKILL, result
         kills += 1
         assert kills <= PHASES
@@ -309,7 +309,7 @@ def test_a_search_killed_after_or_within_every_phase_ends_bit_identical(call, af
 
 
 @pytest.mark.parametrize('moment', [
-    ('os.replace', 2, False), ('os.fsync', 2, False), ('os.replace', 8, True), ('os.replace', 18, True)])
+    ('a rename', 2, False), ('a flush', 2, False), ('a rename', 8, True), ('a rename', 18, True)])
 def test_a_search_killed_while_it_writes_ends_bit_identical(moment, searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     killed = run(*command, preamble=few + kill_at(*moment))
@@ -321,8 +321,8 @@ def test_a_search_killed_while_it_writes_ends_bit_identical(moment, searched, fe
 @pytest.mark.parametrize('word, number, status', [('epoch 1: scored', signal.SIGKILL, -9), ('rank 1/2', signal.SIGINT, 130)])
 def test_a_search_killed_or_interrupted_from_outside_ends_bit_identical(word, number, status, searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
-    slow = few + 'import time, utils\nreal = utils.save_checkpoint\n' \
-                 'utils.save_checkpoint = lambda *args: (real(*args), time.sleep(0.5))\n'
+    slow = few + 'import time, checkpoint\nreal = checkpoint.save\n' \
+                 'checkpoint.save = lambda *args: (real(*args), time.sleep(0.5))\n'
     program = Program(*command, preamble=slow)
     program.wait_for(word)
     program.signal(number)
@@ -353,7 +353,7 @@ def test_a_checkpoint_that_no_search_can_go_on_from_ends_in_one_line(change, wor
     assert files(tmp_path) == ['checkpoint.pt']
 
 
-@pytest.mark.parametrize('moment', [('utils.train_epoch', 2, False), ('controller.fit_all', 1, False)])
+@pytest.mark.parametrize('moment', [('an epoch', 2, False), ('a round of fits', 1, False)])
 def test_a_search_resumed_with_fewer_epochs_scores_ranks_and_ends(moment, few, tmp_path):
     command = [PROGRAM, *FLAGS, '--child_rank_count=1', f'--output_dir={tmp_path}']
     assert run(*command, '--child_epochs=3', preamble=few + kill_at(*moment)).status == -signal.SIGKILL
@@ -379,7 +379,7 @@ def test_a_search_goes_on_without_the_pool_file_and_with_larger_batches(few, tmp
     pool.write_text(''.join(f'{arch}\n' for arch in sample(20, 2, SMALL, torch.Generator().manual_seed(0))))
     command = [PROGRAM, *FLAGS, f'--child_arch_pool={pool}', '--child_drop_path_keep_prob=0.5',
                f'--output_dir={tmp_path / "out"}']
-    killed = run(*command, '--child_batch_size=4', preamble=few + kill_at('utils.train_epoch', 2))
+    killed = run(*command, '--child_batch_size=4', preamble=few + kill_at('an epoch', 2))
     assert killed.status == -signal.SIGKILL
     pool.unlink()
     result = run(*command, preamble=few)

@@ -22,8 +22,8 @@ from helpers import (
 )
 
 from architecture import parse
+from candidates import append_line
 from operations import SEARCH_SPACES
-from train_search import append_line
 
 PROGRAM = 'train_search.py'
 SIZES = ['--device=cpu', '--seed=1', '--child_nodes=1', '--child_layers=1', '--child_channels=4', '--child_batch_size=36',
@@ -132,13 +132,13 @@ sys.argv.append('--output_dir={tmp_path}/machine' + os.environ['RANK'])
 def slowly(seconds):
     """A preamble: the second process takes so long before each of its trainings."""
     return f"""
-import os, time, utils
-real = utils.fit
-def fit(*args, **kwargs):
+import os, time, candidates
+real = candidates.train_candidate
+def slow(*args, **kwargs):
     if os.environ['RANK'] == '1':
         time.sleep({seconds})
     return real(*args, **kwargs)
-utils.fit = fit
+candidates.train_candidate = slow
 """
 
 
@@ -168,7 +168,7 @@ def test_a_finished_search_makes_another_round_when_asked(few, tmp_path):
 
 def test_a_candidate_resumed_with_fewer_epochs_is_evaluated_as_it_is(few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
-    killed = run(*command, '--child_epochs=4', preamble=few + kill_at('utils.train_epoch', 4))
+    killed = run(*command, '--child_epochs=4', preamble=few + kill_at('an epoch', 4))
     assert killed.status == -signal.SIGKILL
     result = run(*command, '--child_epochs=2', '--rounds=1', '--child_rank_count=0', preamble=few)
     assert result.status == 0 and len(results(tmp_path)) >= 12, result
@@ -179,7 +179,7 @@ def test_a_candidate_resumed_with_fewer_epochs_is_evaluated_as_it_is(few, tmp_pa
 def test_when_a_process_dies_only_its_candidate_is_trained_again(searched, few, tmp_path):
     """The second process dies at the end of its third training; the search goes on with one process."""
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
-    killed = torchrun(2, *command, preamble=few + kill_at('utils.fit', 3, after=True, rank=1)).wait(120)
+    killed = torchrun(2, *command, preamble=few + kill_at('a candidate', 3, after=True, rank=1)).wait(120)
     assert killed.status != 0
     before = results(tmp_path)
     assert len(lines(tmp_path, 'results.1.jsonl')) == 2
@@ -193,7 +193,7 @@ def test_when_a_process_dies_only_its_candidate_is_trained_again(searched, few, 
 def test_a_process_that_vanishes_without_a_word_is_given_up(searched, few, tmp_path):
     """The second one stops answering at its third training, as when its machine is cut off; what is done is kept."""
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
-    program = torchrun(2, *command, preamble=few + life(3) + kill_at('utils.fit', 3, rank=1, by='SIGSTOP'))
+    program = torchrun(2, *command, preamble=few + life(3) + kill_at('a candidate', 3, rank=1, by='SIGSTOP'))
     program.wait_for('stopped: process 1 has not answered for 3 s; the same command goes on')
     os.kill(program.workers()[-1], signal.SIGKILL)  # or torchrun gives it another half a minute
     assert program.wait().status != 0
@@ -213,13 +213,13 @@ def test_a_process_that_trains_for_long_is_waited_for(few, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize('moment', [
-    ('utils.train_epoch', 6, True), ('utils.fit', 12, True), ('utils.fit', 24, True),
+    ('an epoch', 6, True), ('a candidate', 12, True), ('a candidate', 24, True),
     *(pytest.param(moment, marks=pytest.mark.slow) for moment in (
-        ('utils.train_epoch', 1, False), ('utils.fit', 5, True), ('controller.fit', 1, True), ('utils.fit', 14, False)))])
+        ('an epoch', 1, False), ('a candidate', 5, True), ('a fit', 1, True), ('a candidate', 14, False)))])
 def test_a_killed_search_trains_no_finished_candidate_again_and_ends_bit_identical(moment, searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
-    if moment == ('utils.fit', 24, True):  # the last but one or so, whatever the controller found
-        moment = ('utils.fit', len(results(searched[0])) - 1, True)
+    if moment == ('a candidate', 24, True):  # the last but one or so, whatever the controller found
+        moment = ('a candidate', len(results(searched[0])) - 1, True)
     killed = run(*command, preamble=few + kill_at(*moment))
     assert killed.status == -signal.SIGKILL, killed
     before = results(tmp_path)
@@ -246,7 +246,7 @@ def test_a_search_killed_from_outside_goes_on(searched, few, tmp_path):
 def test_what_an_earlier_search_left_is_not_taken_for_results(searched, few, tmp_path):
     """Its checkpoint was deleted to begin anew; its results and its half-trained candidates are no longer true."""
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
-    assert run(*command, '--seed=2', '--child_channels=3', preamble=few + kill_at('utils.train_epoch', 6)).status == -9
+    assert run(*command, '--seed=2', '--child_channels=3', preamble=few + kill_at('an epoch', 6)).status == -9
     assert any(name.startswith('candidate-') for name in files(tmp_path)) and lines(tmp_path, 'results.0.jsonl')
     (tmp_path / 'checkpoint.pt').unlink()
     assert run(*command, preamble=few).status == 0
@@ -265,7 +265,7 @@ def test_a_line_is_appended_apart_from_one_that_was_cut_off(content, wanted, tmp
 @pytest.mark.slow
 def test_a_result_that_was_cut_off_is_made_again(searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
-    assert run(*command, preamble=few + kill_at('utils.fit', 5, after=True)).status == -signal.SIGKILL
+    assert run(*command, preamble=few + kill_at('a candidate', 5, after=True)).status == -signal.SIGKILL
     file = tmp_path / 'results.0.jsonl'
     file.write_bytes(file.read_bytes()[:-20])
     result = run(*command, preamble=few)
@@ -277,8 +277,8 @@ def test_a_result_that_was_cut_off_is_made_again(searched, few, tmp_path):
 # --------------------------------------------------------------------------------------------------------- failing ones
 
 FAILING = """
-import math, torch, utils
-real, calls = utils.train_epoch, []
+import torch, training
+real, calls = training.train_epoch, []
 def train_epoch(*args, **kwargs):
     calls.append(None)
     if len(calls) == 3:
@@ -286,7 +286,7 @@ def train_epoch(*args, **kwargs):
     if len(calls) == 4:
         kwargs['lr'] = 1e30
     return real(*args, **kwargs)
-utils.train_epoch = train_epoch
+training.train_epoch = train_epoch
 """
 
 
@@ -304,13 +304,13 @@ def test_candidates_that_fail_are_logged_count_nothing_and_do_not_stop_the_searc
 
 def test_a_gpu_that_fails_ends_the_search_and_no_candidate_counts_nothing_for_it(few, tmp_path):
     broken = few + """
-import torch, utils
-def fit(*args, **kwargs):
+import torch, candidates
+def fail(*args, **kwargs):
     def ones(*args, **kwargs):
         raise RuntimeError('CUDA error: unspecified launch failure')
     torch.ones = ones
     ones()
-utils.fit = fit
+candidates.train_candidate = fail
 """
     result = run(PROGRAM, *FLAGS, f'--output_dir={tmp_path}', preamble=broken)
     assert result.status == 1 and 'CUDA error: unspecified launch failure' in result.err

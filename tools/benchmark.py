@@ -31,6 +31,8 @@ from torchvision import transforms
 import architecture
 import controller
 import datasets
+import flags
+import training
 import utils
 from model import NASNetworkCIFAR
 from model_search import NASWSNetworkCIFAR
@@ -81,12 +83,12 @@ def make_images(count: int) -> datasets.ImageSet:
 def training_step(run: utils.Run, model: torch.nn.Module, batch: int) -> Callable[..., None]:
     """A function that makes one step of the training loop with a batch of random images."""
     images, labels, _ = next(iter(datasets.TrainBatches(make_images(batch), batch, run.generators['data'], cutout_size=16)))
-    optimizer = utils.sgd(run, model, 3e-4)
+    optimizer = training.sgd(run, model, 3e-4)
     model.train()
 
     def step(*extras: object) -> None:
-        utils.train_epoch(run, lambda images, step: model(images, *extras, step), optimizer, [(images, labels, 1.0)], title='',
-                          lr=0.025, step=100, clock=utils.Clock(0, 1), grad_bound=5.0)
+        training.train_epoch(run, lambda images, step: model(images, *extras, step), optimizer, [(images, labels, 1.0)],
+                             title='', lr=0.025, step=100, clock=training.Clock(0, 1), grad_bound=5.0)
     return step
 
 
@@ -243,24 +245,24 @@ def run_in_own_process(name: str, repeats: int) -> dict[str, float | str]:
 
 def main() -> None:
     """Run the rows and print the table."""
-    parser = utils.Parser('Measure what the programs cost.')
+    parser = flags.Parser('Measure what the programs cost.')
     which = parser.add_mutually_exclusive_group()
     which.add_argument('--only', choices=ROWS, metavar='NAME', help=f'one row of: {" ".join(ROWS)}')
     which.add_argument('--growth', action='store_true', help='how costs grow with pool, architectures and channels')
     parser.add_argument('--json', metavar='FILE', help='also write the results there')
     parser.add_argument('--compare', metavar='FILE', help='print ratios to the results in this file')
-    parser.add_argument('--repeats', type=utils.POSITIVE_INT, default=5, help='measurements of a row; the median counts')
+    parser.add_argument('--repeats', type=flags.POSITIVE_INT, default=5, help='measurements of a row; the median counts')
     parser.add_argument('--row', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
         print(json.dumps(run_row(args.row, args.repeats)))
         return
     if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):
-        raise utils.UserError(f'--json={args.json}: cannot be written; name a file in a directory that you may write to')
+        raise flags.UserError(f'--json={args.json}: cannot be written; name a file in a directory that you may write to')
     try:
         old = {row['name']: row for row in json.loads(Path(args.compare).read_text())['rows']} if args.compare else {}
     except (OSError, ValueError, KeyError, TypeError):
-        raise utils.UserError(f'--compare={args.compare}: is not a file that --json wrote') from None
+        raise flags.UserError(f'--compare={args.compare}: is not a file that --json wrote') from None
     print(f'{"row":34}{"seconds":>10}{"per second":>12}{"normalised":>12}{"peak MB":>9}  ')
     rows = []
     for name in [args.only] if args.only else GROWTH if args.growth else ROWS:
@@ -280,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    utils.run_program(main, goes_on=False)
+    flags.run_program(main, goes_on=False)

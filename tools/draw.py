@@ -14,7 +14,7 @@ from pathlib import Path
 
 import runs
 
-import utils
+import flags
 from architecture import Architecture, nodes_of, unread_states
 from operations import OPERATIONS
 
@@ -82,7 +82,7 @@ def missing_graphviz() -> str | None:
 def render(arch: Architecture, form: str) -> bytes:
     """The drawing as 'svg', 'png' or 'pdf'; raises UserError where Graphviz is absent."""
     if missing := missing_graphviz():
-        raise utils.UserError(f'drawing needs {missing}; --dot and --describe work without it')
+        raise flags.UserError(f'drawing needs {missing}; --dot and --describe work without it')
     import graphviz
     return graphviz.Source(dot_source(arch)).pipe(form)
 
@@ -111,14 +111,14 @@ def describe(arch: Architecture, layers: int, channels: int) -> str:
 
 def main() -> None:
     """Draw, or print the text that the flags ask for."""
-    parser = utils.Parser('Draw an architecture, its normal and its reduction cell side by side.', 'ARCH')
+    parser = flags.Parser('Draw an architecture, its normal and its reduction cell side by side.', 'ARCH')
     parser.add_argument('arch', metavar='ARCH', help='a line of integers, NAONet_A, NAONet_B, or the path of an arch_pool file')
-    parser.add_argument('--arc_index', type=utils.COUNT, default=0, help='which line of the arch_pool file, from 0')
+    parser.add_argument('--arc_index', type=flags.COUNT, default=0, help='which line of the arch_pool file, from 0')
     parser.add_argument('-o', '--output', type=Path, metavar='FILE', help='what to write: FILE.svg, FILE.png or FILE.pdf')
     parser.add_argument('--dot', action='store_true', help='print the DOT text')
     parser.add_argument('--describe', action='store_true', help='print the operations by name, and the sizes of the networks')
-    parser.add_argument('--layers', type=utils.POSITIVE_INT, default=6, help='of the CIFAR network that --describe counts')
-    parser.add_argument('--channels', type=utils.POSITIVE_INT, default=36, help='of the CIFAR network that --describe counts')
+    parser.add_argument('--layers', type=flags.POSITIVE_INT, default=6, help='of the CIFAR network that --describe counts')
+    parser.add_argument('--channels', type=flags.POSITIVE_INT, default=36, help='of the CIFAR network that --describe counts')
     args = parser.parse_args()
     arch = runs.read_architecture(args.arch, args.arc_index)
     if args.describe:
@@ -128,11 +128,11 @@ def main() -> None:
     if args.output:
         form = args.output.suffix[1:].lower()
         if form not in FORMATS:
-            raise utils.UserError(f'-o {args.output}: must end in .svg, .png or .pdf')
+            raise flags.UserError(f'-o {args.output}: must end in .svg, .png or .pdf')
         runs.write(args.output, render(arch, form))
     elif not (args.describe or args.dot):
-        raise utils.UserError('nothing to do; give -o FILE.svg, --dot or --describe')
+        raise flags.UserError('nothing to do; give -o FILE.svg, --dot or --describe')
 
 
 if __name__ == '__main__':
-    utils.run_program(main, goes_on=False)
+    flags.run_program(main, goes_on=False)

@@ -17,7 +17,7 @@ from typing import Any
 import runs
 from runs import RunFiles
 
-import utils
+import flags
 
 FORMATS = ('png', 'svg', 'pdf')
 Axes = Any  # matplotlib's, which is optional and imported late
@@ -134,7 +134,7 @@ def render(drawing: Any, form: str) -> bytes:
 
 def parse_args() -> argparse.Namespace:
     """The program's flags."""
-    parser = utils.Parser('Plot what runs have recorded so far.', 'RUN ...')
+    parser = flags.Parser('Plot what runs have recorded so far.', 'RUN ...')
     parser.add_argument('runs', metavar='RUN', nargs='+', type=Path, help='output directories of runs, finished or going on')
     parser.add_argument('-o', '--output', type=Path, metavar='FILE', default=Path('plot.png'),
                         help='what to write: FILE.png, FILE.svg or FILE.pdf')
@@ -146,9 +146,9 @@ def main() -> None:
     args = parse_args()
     form = args.output.suffix[1:].lower()
     if form not in FORMATS:
-        raise utils.UserError(f'-o {args.output}: must end in .png, .svg or .pdf')
+        raise flags.UserError(f'-o {args.output}: must end in .png, .svg or .pdf')
     runs.write(args.output, render(figure([RunFiles(path) for path in args.runs]), form))
 
 
 if __name__ == '__main__':
-    utils.run_program(main, goes_on=False)
+    flags.run_program(main, goes_on=False)

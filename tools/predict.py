@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
+import checkpoint
 import datasets
+import flags
 import hubconf
 import utils
 
@@ -30,7 +32,7 @@ def read_image(path: Path, imagenet: bool, dataset: str) -> Tensor:
         image = Image.open(path).convert('RGB')
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = getattr(error, 'strerror', None) or 'not an image'
-        raise utils.UserError(f'{path}: cannot be read ({reason})') from None
+        raise flags.UserError(f'{path}: cannot be read ({reason})') from None
     if imagenet:
         transform, statistics = datasets.EVAL_TRANSFORM, (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
     else:
@@ -48,7 +50,7 @@ def class_names(state: dict[str, Any], dataset: str, count: int) -> list[str]:
 
 def parse_args() -> argparse.Namespace:
     """The program's flags."""
-    parser = utils.Parser('The five most likely classes of images.', 'IMAGE ...')
+    parser = flags.Parser('The five most likely classes of images.', 'IMAGE ...')
     parser.add_argument('images', metavar='IMAGE', nargs='+', type=Path, help='image files')
     parser.add_argument('--checkpoint', metavar='PATH', required=True, help='checkpoint of a trained network')
     parser.add_argument('--arch', metavar='ARCH', help='its architecture, for a checkpoint that does not name it')
@@ -61,7 +63,7 @@ def main() -> None:
     """Print the classes of each image, most likely first."""
     args = parse_args()
     network = hubconf.naonet(args.arch, args.checkpoint).eval().to(utils.choose_device(args.device))
-    state = utils.load_checkpoint(args.checkpoint)
+    state = checkpoint.load(args.checkpoint)
     imagenet = hasattr(network, 'stem0')
     dataset = 'imagenet' if imagenet else state['args'].get('dataset') or 'cifar10'
     names = class_names(state, dataset, network.classes)
@@ -74,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    utils.run_program(main, goes_on=False)
+    flags.run_program(main, goes_on=False)

@@ -16,7 +16,7 @@ import plot
 import runs
 from runs import RunFiles
 
-import utils
+import flags
 from architecture import Architecture
 
 STYLE = """
@@ -93,7 +93,7 @@ def page(run: RunFiles) -> str:
 
 def parse_args() -> argparse.Namespace:
     """The program's flags."""
-    parser = utils.Parser('Write an HTML page about a run.', 'RUN')
+    parser = flags.Parser('Write an HTML page about a run.', 'RUN')
     parser.add_argument('run', metavar='RUN', type=Path, help='output directory of a run, finished or going on')
     parser.add_argument('-o', '--output', type=Path, metavar='FILE', help='what to write (default: report.html in RUN)')
     return parser.parse_args()
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    utils.run_program(main, goes_on=False)
+    flags.run_program(main, goes_on=False)

@@ -18,9 +18,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import architecture  # noqa: E402
-import utils  # noqa: E402
+import checkpoint  # noqa: E402
+import flags  # noqa: E402
 from architecture import Architecture  # noqa: E402
-from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet  # noqa: E402
+from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet, count_madds, count_parameters  # noqa: E402
 
 
 def need(package: str) -> None:
@@ -28,7 +29,7 @@ def need(package: str) -> None:
     try:
         __import__(package)
     except ImportError:
-        raise utils.UserError(f'this needs the package {package}: pip install {package}, or pip install -r '
+        raise flags.UserError(f'this needs the package {package}: pip install {package}, or pip install -r '
                               'requirements-tools.txt') from None
 
 
@@ -38,7 +39,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text().split('\n')
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'not a text file'
-        raise utils.UserError(f'{path}: cannot be read ({reason}); name the output directory of a run that has finished an '
+        raise flags.UserError(f'{path}: cannot be read ({reason}); name the output directory of a run that has finished an '
                               'epoch, or a round') from None
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # behind the last line break there is nothing yet, or half a record
@@ -47,9 +48,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if 'kind' not in records[-1]:
                 raise ValueError
         except (ValueError, TypeError):
-            raise utils.UserError(f'{path}, line {number}: is not a record of a run; the file is damaged') from None
+            raise flags.UserError(f'{path}, line {number}: is not a record of a run; the file is damaged') from None
     if not records:
-        raise utils.UserError(f'{path}: has no complete record yet; wait for the end of its first epoch or round')
+        raise flags.UserError(f'{path}: has no complete record yet; wait for the end of its first epoch or round')
     return records
 
 
@@ -68,7 +69,7 @@ class RunFiles:
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl."""
         if not self.path.is_dir():
-            raise utils.UserError(f'{self.path}: there is no such directory; name the output directory of a run')
+            raise flags.UserError(f'{self.path}: there is no such directory; name the output directory of a run')
         return read_metrics(self.path / 'metrics.jsonl')
 
     def records(self, kind: str) -> list[dict[str, Any]]:
@@ -80,8 +81,8 @@ class RunFiles:
         """checkpoint.pt, onto the CPU."""
         path = self.path / 'checkpoint.pt'
         if not path.exists():
-            raise utils.UserError(f'{path}: is not there yet; a run writes it at the end of its first epoch')
-        return utils.load_checkpoint(path)
+            raise flags.UserError(f'{path}: is not there yet; a run writes it at the end of its first epoch')
+        return checkpoint.load(path)
 
     @property
     def args(self) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class RunFiles:
     def found(self) -> list[tuple[str, Architecture]]:
         """What a search has found so far as (how good, architecture), best first; what a training trains."""
         if not self.is_search:
-            line = utils.architecture_of(self.checkpoint)
+            line = checkpoint.architecture_of(self.checkpoint)
             return [('trained here', read_architecture(line, self.args.get('arc_index') or 0))]
         if ranked := self.records('rank'):
             ranked = sorted(ranked, key=lambda record: -record['accuracy'])
@@ -164,7 +165,7 @@ def read_architecture(arch: str | None, index: int = 0) -> Architecture:
     try:
         return architecture.read(arch or '', index)
     except architecture.ArchitectureError as error:
-        raise utils.UserError(f'the architecture: {error}') from None
+        raise flags.UserError(f'the architecture: {error}') from None
 
 
 def sizes(arch: Architecture, imagenet: bool, layers: int, channels: int, classes: int | None = None) -> tuple[int, int]:
@@ -176,7 +177,7 @@ def sizes(arch: Architecture, imagenet: bool, layers: int, channels: int, classe
     with torch.device('meta'):  # shapes alone: neither memory nor arithmetic
         classes = classes or (1000 if imagenet else 10)
         model = network(classes, layers, len(arch.normal) // 4, channels, 1.0, 1.0, False, 1, arch)
-        return utils.count_parameters(model), utils.count_madds(model, 224 if imagenet else 32)
+        return count_parameters(model), count_madds(model, 224 if imagenet else 32)
 
 
 def percent(value: float | None) -> str:
@@ -190,5 +191,5 @@ def write(path: Path, content: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        raise utils.UserError(f'{path}: cannot be written ({error.strerror})') from None
+        raise flags.UserError(f'{path}: cannot be written ({error.strerror})') from None
     print(f'wrote {path}')

@@ -15,7 +15,7 @@ from pathlib import Path
 import runs
 from runs import RunFiles
 
-import utils
+import flags
 from architecture import PUBLISHED, parse
 
 PUBLISHED_ERRORS = {  # (architecture, data set, channels) -> top-1 error in per cent (paper, tables 1 and 3)
@@ -56,7 +56,7 @@ def runs_in(path: Path) -> list[Path]:
 
 def parse_args() -> argparse.Namespace:
     """The program's flags."""
-    parser = utils.Parser('Compare runs in a table.', 'RUN ...')
+    parser = flags.Parser('Compare runs in a table.', 'RUN ...')
     parser.add_argument('runs', metavar='RUN', nargs='+', type=Path, help='output directories of runs, finished or going on')
     return parser.parse_args()
 
@@ -69,15 +69,15 @@ def main() -> None:
     for run in found:
         try:
             rows.append(row(run, run.name if names[run.name] == 1 else str(run.path)))
-        except utils.UserError as error:
+        except flags.UserError as error:
             mistakes.append(str(error))
     if len(rows) > 1:
         print(aligned(rows), flush=True)
     for mistake in mistakes[:-1]:
         print(f'table.py: error: {mistake}', file=sys.stderr)
     if mistakes:
-        raise utils.UserError(mistakes[-1])
+        raise flags.UserError(mistakes[-1])
 
 
 if __name__ == '__main__':
-    utils.run_program(main, goes_on=False)
+    flags.run_program(main, goes_on=False)

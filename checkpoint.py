@@ -1,0 +1,128 @@
+"""Checkpoints: written in one go, read without trusting them, and refused in one line when they do not fit.
+
+A checkpoint is a dict with 'args' and 'model' at least; what else a program needs to go on it asks for by `require`.
+"""
+
+import argparse
+import contextlib
+import os
+import pickle
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flags import UserError
+
+NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'), np.dtype,
+                type(np.dtype(np.float64)), type(np.dtype(np.float32))]  # what a pickled one, such as an accuracy, needs
+
+
+def save(state: dict[str, Any], *paths: Path) -> None:
+    """Write a checkpoint to each path: to a temporary file beside it, flushed, renamed.
+
+    Raises UserError when it cannot be written; what stood at the path then still stands there.
+    """
+    for path in paths:
+        temporary = path.with_name(path.name + '.tmp')
+        try:
+            with open(temporary, 'wb') as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            if not isinstance(error, OSError | RuntimeError):  # PyTorch's writer turns a full disk into a RuntimeError
+                raise
+            reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+            raise UserError(f'{path} cannot be written ({reason}); the checkpoint before it is intact, '
+                            'make room and run the same command again') from None
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this project or of the reference (whose `args` is a Namespace, and whose names may start with
+    `module.`) onto the CPU; `args` becomes a dict. Raises UserError.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBER]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'{path}: there is no such checkpoint; train first, or name one with --checkpoint') from None
+    except Exception as error:  # torch.load raises a dozen kinds for a file that is not what it should be
+        reason = 'it holds more than tensors and numbers' if isinstance(error, pickle.UnpicklingError) else (
+            f'{error}'.partition('\n')[0][:100] or type(error).__name__)
+        raise UserError(f'{path}: is not a readable checkpoint ({reason}); it is cut off, damaged or another kind of file; '
+                        'to begin anew delete it or name another --output_dir') from None
+    args = state.get('args', {}) if isinstance(state, dict) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict) or not isinstance(state.get('model'), dict):
+        raise UserError(f'{path}: is not a checkpoint of this project: a dict with "model" and "args" is needed')
+    state['args'] = args
+    state['model'] = {name.removeprefix('module.'): value for name, value in state['model'].items()}
+    return state
+
+
+def load_network(path: str | Path) -> dict[str, Any]:
+    """Read the checkpoint of one architecture's network; raises UserError, also if it is that of a search."""
+    state = load(path)
+    if 'phase' in state:
+        raise UserError(f'{path}: is the checkpoint of a search; train an architecture of its arch_pool, into another place')
+    return state
+
+
+def require(state: dict[str, Any], names: Iterable[str], path: str | Path, advice: str = '') -> None:
+    """Raise UserError if a checkpoint lacks what a run needs to go on from it; advice: what else can be done with it."""
+    if missing := [name for name in names if name not in state]:
+        raise UserError(f'{path}: has no "{missing[0]}", so no run can go on from it; {advice}name another --output_dir')
+
+
+def architecture_of(state: dict[str, Any]) -> str | None:
+    """The architecture of a checkpoint's network, as a user names it; None if the checkpoint does not say.
+
+    A pool file that --fixed_arc named may have changed since, so the line that the checkpoint holds goes first.
+    """
+    args = state['args']
+    return state.get('arch') or args.get('fixed_arc') or args.get('arch')  # the last is the reference's name for it
+
+
+def fill_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path,
+               flags: str = '--fixed_arc, --layers, --channels and --use_aux_head') -> None:
+    """Load a checkpoint's weights strictly; raises UserError if they are those of another network.
+
+    flags: those that make the network what it is, for the message.
+    """
+    wanted = model.state_dict()
+    rows, wanted_rows = (len(names['classifier.weight']) if 'classifier.weight' in names else 0 for names in (weights, wanted))
+    if rows and wanted_rows and rows != wanted_rows:
+        raise UserError(f'{path}: is for {rows} classes, this data set has {wanted_rows}; give the --dataset or '
+                        '--data it was trained on')
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # its first line names the class, each further one what differs
+        difference = ' '.join(str(error).splitlines()[1].split())
+        raise UserError(f'{path}: is of another architecture or size ({difference[:160].rstrip(".")}); give the {flags} it was '
+                        'trained with') from None
+
+
+def fill_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
+    """Load a checkpoint's optimiser, its momentum laid out in memory as the parameters are (the fused step needs that).
+
+    Raises UserError if it is not of the same parameters.
+    """
+    try:
+        for group in state['param_groups']:
+            group.update({name: value for name, value in optimizer.param_groups[0].items() if name in ('fused', 'foreach')})
+        optimizer.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f'{path}: its "optimizer" is not that of its network; name another --output_dir') from None
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)

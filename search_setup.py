@@ -1,0 +1,280 @@
+"""What a search is set up from: its flags, and what a data set brings to it."""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+import architecture
+import controller
+import datasets
+import training
+from architecture import Architecture
+from candidates import Recipe
+from flags import (
+    BATCH,
+    COUNT,
+    FRACTION,
+    KEEP,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INT,
+    Parser,
+    UserError,
+    add,
+    add_run_flags,
+)
+from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet
+from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet, Supernet
+from utils import Run, processes_here
+
+PAPER = controller.PRESETS['paper']
+TRAIN_SHARE = 0.9  # of the training images; the rest validates
+IMAGENET_RANK_STEPS = 500  # of training one of the best from scratch on ImageNet
+RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB = 0.6, 0.8  # of the final trainings from scratch
+
+NETWORK_FLAGS = '--child_channels, --child_layers, --child_nodes, --search_space and --controller_*'  # that decide parameters
+
+METHODS = ('NAO-WS', 'NAO')
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    'NAO-WS': {'search_space': 'small'},
+    'NAO': {'search_space': 'large', 'child_epochs': 25, 'child_channels': 32, 'child_lr_max': 0.024, 'child_lr_min': 0.0,
+            'child_drop_path_keep_prob': 0.7, 'child_use_aux_head': True, 'controller_lambdas': (10, 20, 30)},
+}
+CONTROLLER_SIZES = ('encoder_layers', 'encoder_hidden_size', 'encoder_emb_size', 'encoder_dropout', 'mlp_layers',
+                    'mlp_hidden_size', 'mlp_dropout', 'decoder_layers', 'decoder_hidden_size', 'decoder_dropout')
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+def lambdas(text: str) -> tuple[float, ...]:
+    """The argparse type of --controller_lambdas: a list of step sizes such as [10,20,30]."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, list) or not value or any(type(step) not in (int, float) or not 0 < step < math.inf
+                                                       for step in value):
+        raise argparse.ArgumentTypeError(f'must be a list of numbers above 0 such as [10,20,30], not {text!r}')
+    return tuple(value)
+
+
+def eval_epochs(text: str) -> int | list[int]:
+    """The argparse type of --child_eval_epochs: N (every N epochs) or a list of epochs such as [30,60]."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    epochs = value if isinstance(value, list) else [value]
+    if not epochs or any(type(epoch) is not int or epoch < 1 for epoch in epochs):
+        raise argparse.ArgumentTypeError(f'must be a whole number above 0 or a list of them such as [30,60], not {text!r}')
+    return value
+
+
+CHILD_FLAGS = (  # name, type, default, help
+    ('batch_size', BATCH, 64, 'images per step'),
+    ('eval_batch_size', POSITIVE_INT, 500, 'validation images that an architecture is scored on'),
+    ('epochs', POSITIVE_INT, 150, 'how often all images of the training split are seen'),
+    ('layers', POSITIVE_INT, 3, 'normal cells before, between and after the reduction cells'),
+    ('nodes', POSITIVE_INT, 5, 'nodes of a cell'),
+    ('channels', POSITIVE_INT, 20, 'channels of the first cells'),
+    ('cutout_size', COUNT, 0, 'side of the square that cutout zeroes; 0: none'),
+    ('grad_bound', POSITIVE, 5.0, 'gradients are clipped to this norm'),
+    ('lr_max', POSITIVE, 0.025, 'learning rate of the first epoch'),
+    ('lr_min', NOT_NEGATIVE, 0.001, 'learning rate that the cosine ends at'),
+    ('lr', POSITIVE, 0.1, 'imagenet: learning rate of the first epoch'),
+    ('gamma', POSITIVE, 0.97, 'imagenet: factor of the learning rate'),
+    ('decay_period', POSITIVE_INT, 1, 'imagenet: epochs between two such factors'),
+    ('label_smooth', FRACTION, 0.1, 'imagenet: share of a label given to all classes'),
+    ('keep_prob', KEEP, 1.0, '1 - dropout before the classifier'),
+    ('drop_path_keep_prob', KEEP, 0.9, '1 - drop path of the last cell at the end'),
+    ('l2_reg', NOT_NEGATIVE, 3e-4, 'weight decay'),
+    ('eval_epochs', eval_epochs, 30, 'score every N epochs, or after the epochs of a list such as [30,60]'),
+    ('arch_pool', str, None, 'path of a pool file to start from (default: random architectures)'),
+    ('rank_count', COUNT, 5, 'how many of the best are trained from scratch at the end'),
+    ('rank_epochs', POSITIVE_INT, 10, 'epochs of each training from scratch'),
+)
+CONTROLLER_FLAGS = (
+    ('seed_arch', POSITIVE_INT, 600, 'architectures in the pool'),
+    ('new_arch', POSITIVE_INT, 300, 'new architectures a round'),
+    ('expand', POSITIVE_INT, None, 'N: write N-1 copies of each architecture with swapped operands and hold 10 %% out '
+     '(default: swap anew in each epoch, hold none out)'),
+    ('epochs', POSITIVE_INT, PAPER.epochs, 'epochs of a fit'),
+    ('later_updates', COUNT, PAPER.later_updates, 'gradient steps of the fits after the first; 0: all epochs again'),
+    ('batch_size', POSITIVE_INT, PAPER.batch_size, 'architectures per step'),
+    ('lr', POSITIVE, PAPER.lr, 'learning rate of Adam'),
+    ('trade_off', FRACTION, PAPER.trade_off, 'weight of the prediction loss; the rest weighs the reconstruction'),
+    ('l2_reg', NOT_NEGATIVE, PAPER.l2_reg, 'weight decay'),
+    ('grad_bound', POSITIVE, PAPER.grad_bound, 'gradients are clipped to this norm'),
+    ('members', POSITIVE_INT, PAPER.members, 'controllers, each fitted on its own'),
+    ('unlabelled', COUNT, PAPER.unlabelled, 'random architectures a step to reconstruct; 0: those of the batch'),
+    ('top', POSITIVE_INT, PAPER.top, 'the best architectures, from which the ascent starts'),
+    ('candidates', COUNT, PAPER.candidates, 'architectures that each controller writes to choose from by their predictions; '
+     '0: the first come are taken'),
+    ('encoder_layers', POSITIVE_INT, 1, 'LSTM layers of the encoder'),
+    ('encoder_hidden_size', POSITIVE_INT, 96, 'units of each of them'),
+    ('encoder_emb_size', POSITIVE_INT, 48, 'numbers that a token is embedded in'),
+    ('encoder_dropout', FRACTION, 0.0, 'share of their inputs that is dropped'),
+    ('mlp_layers', COUNT, 3, 'hidden layers of the performance predictor'),
+    ('mlp_hidden_size', POSITIVE_INT, 200, 'units of each of them'),
+    ('mlp_dropout', FRACTION, 0.1, 'share of their outputs that is dropped'),
+    ('decoder_layers', POSITIVE_INT, 1, 'LSTM layers of the decoder'),
+    ('decoder_hidden_size', POSITIVE_INT, 96, 'units of each of them'),
+    ('decoder_dropout', FRACTION, 0.0, 'share of their inputs that is dropped'),
+)
+
+
+def parse_args() -> argparse.Namespace:
+    """A search's flags; --method and --controller_preset choose the defaults of others. Raises UserError."""
+    parser = Parser('Search for an architecture by NAO-WS or NAO.')
+    add_run_flags(parser, output_dir='exp/search_cifar10')
+    add(parser, 'method', 'NAO-WS: with weight sharing; NAO: every candidate is trained on its own', 'NAO-WS',
+        choices=METHODS)
+    add(parser, 'search_space', 'operations to choose from: small for NAO-WS, large for NAO',
+        choices=architecture.SEARCH_SPACES)
+    add(parser, 'rounds', 'NAO: rounds of new candidates after the first', 3, type=POSITIVE_INT)
+    group = parser.add_argument_group('images')
+    add(group, 'dataset', 'imagenet: any folder of images in class folders, see --data', 'cifar10',
+        choices=[*datasets.SOURCES, 'imagenet'])
+    datasets.add_file_flags(parser, processes_here())
+    group = parser.add_argument_group('child: the weight-sharing network, or each candidate')
+    for name, kind, default, text in CHILD_FLAGS:
+        add(group, f'child_{name}', text, default, type=kind)
+    add(group, 'child_use_aux_head', 'train with the auxiliary head', False, action=argparse.BooleanOptionalAction)
+    group = parser.add_argument_group('controller')
+    for name, kind, default, text in CONTROLLER_FLAGS:
+        add(group, f'controller_{name}', text, default, type=kind)
+    add(group, 'controller_targets', 'scaled: accuracies by their minimum and maximum; ranks: the share of others each one '
+        'beats', PAPER.targets, choices=controller.TARGETS)
+    add(group, 'controller_loss', 'of the prediction', PAPER.loss, choices=controller.LOSSES)
+    group.add_argument('--controller_lambdas', type=lambdas, default=PAPER.lambdas, metavar='[λ,...]',
+                       help='step sizes of the ascent, until there are enough new architectures (default: [1,2,...,50] for '
+                       'NAO-WS, [10,20,30] for NAO)')
+    add(group, 'controller_preset', 'best: values of these flags that find good architectures with fewer evaluations', 'paper',
+        choices=controller.PRESETS)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # so that --help shows the defaults of these
+    early.add_argument('--method', nargs='?')
+    early.add_argument('--controller_preset', nargs='?')
+    first, _ = early.parse_known_args()
+    parser.set_defaults(**METHOD_DEFAULTS.get(first.method, METHOD_DEFAULTS['NAO-WS']))
+    if first.controller_preset not in (None, 'paper') and first.controller_preset in controller.PRESETS:
+        preset = controller.PRESETS[first.controller_preset]
+        parser.set_defaults(**{f'controller_{name}': value for name, value in preset._asdict().items()})
+    args = parser.parse_args()
+    if args.method == 'NAO-WS' and args.search_space != 'small':
+        raise UserError(f'--search_space={args.search_space}: the weight-sharing network has the operations of the small '
+                        'space; use --method=NAO for others')
+    if args.controller_encoder_hidden_size != args.controller_decoder_hidden_size:
+        raise UserError('--controller_encoder_hidden_size and --controller_decoder_hidden_size must be equal: the decoder '
+                        'starts from the embedding')
+    return args
+
+
+def settings_of(args: argparse.Namespace) -> controller.Settings:
+    """How the flags say that controllers are fitted and used."""
+    return controller.Settings(**{name: getattr(args, f'controller_{name}') for name in PAPER._fields})
+
+
+def build_controllers(args: argparse.Namespace, vocabulary: architecture.Vocabulary,
+                      device: torch.device) -> list[controller.NAO]:
+    """The controllers that the flags ask for, --controller_members of them, on the device."""
+    allowed, sizes = vocabulary.allowed_tokens, {name: getattr(args, f'controller_{name}') for name in CONTROLLER_SIZES}
+    return [controller.NAO(allowed, vocabulary.size, len(allowed) // 2, **sizes).to(device)
+            for _ in range(args.controller_members)]
+
+
+def first_pool(args: argparse.Namespace, operations: range, generator: torch.Generator) -> list[Architecture]:
+    """The pool file that the user names, or random architectures. Raises UserError."""
+    if not args.child_arch_pool:
+        return architecture.sample(args.controller_seed_arch, args.child_nodes, operations, generator)
+    try:
+        return architecture.read_pool(args.child_arch_pool, args.child_nodes, operations)
+    except architecture.ArchitectureError as error:
+        raise UserError(f'--child_arch_pool: {error}') from None
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+class Task(NamedTuple):
+    """What a data set brings to a search."""
+
+    classes: int
+    supernet: type[Supernet]
+    network: type[FixedNetwork]
+    train_batches: Callable[[Run], Iterable]  # batches of the training split, drawn from a run's generators
+    valid_batches: Callable[[Run], Iterable]
+    lr: Callable[[int], float]  # epoch, from 0 -> learning rate of the supernet, or of a candidate of NAO
+    label_smooth: float
+    rank_options: dict[str, Any]  # of training.train, for training one of the best from scratch
+
+
+def open_small_images(args: argparse.Namespace, run: Run) -> Task:
+    """CIFAR or digits: the first 90 % of the training images train, the rest validates."""
+    data = run.first_alone(partial(datasets.load, args.dataset, args.data, True, run.device))
+    split = int(TRAIN_SHARE * len(data))
+    rates = {'lr_max': args.child_lr_max, 'lr_min': args.child_lr_min}
+    train_set, valid_set = data.select(range(split)), data.select(range(split, len(data)))
+
+    def train_batches(run: Run) -> Iterable:
+        return datasets.TrainBatches(train_set, args.child_batch_size, run.generators['data'], args.child_cutout_size, run.rank,
+                                     run.world)
+
+    def valid_batches(run: Run) -> Iterable:
+        return datasets.EvalBatches(valid_set, args.child_eval_batch_size, run.rank, run.world)
+    return Task(
+        datasets.SOURCES[args.dataset].classes, NASWSNetworkCIFAR, NASNetworkCIFAR, train_batches, valid_batches,
+        partial(training.cosine, epochs=args.child_epochs, **rates), 0.0,
+        {'epochs': args.child_rank_epochs, 'lr': partial(training.cosine, epochs=args.child_rank_epochs, **rates)})
+
+
+def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
+    """ImageNet or another folder of images: a random 90 % of the training images train, the rest validates."""
+    train_files, valid_files, classes = datasets.open_files(args.data, args.zip_file, args.lazy_load, args.seed,
+                                                            processes_here(), run.is_first, validates=False)
+    order = torch.randperm(len(train_files), generator=torch.Generator().manual_seed(args.seed))
+    split = int(TRAIN_SHARE * len(order))
+    if not split:
+        raise UserError(f'--data={args.data}: a search needs at least 2 images in train, of which it validates with some')
+
+    def train_batches(run: Run) -> Iterable:
+        return datasets.FileBatches(train_files, args.child_batch_size, run.device, args.workers, order[:split],
+                                    run.generators['data'], run.rank, run.world)
+
+    def valid_batches(run: Run) -> Iterable:
+        return datasets.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, order[split:],
+                                    rank=run.rank, world=run.world)
+    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.batch_bounds(split, args.child_batch_size)))
+    return Task(
+        len(classes), NASWSNetworkImageNet, NASNetworkImageNet, train_batches, valid_batches,
+        partial(training.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),
+        args.child_label_smooth,
+        {'epochs': epochs, 'lr': lambda epoch: args.child_lr, 'max_steps': math.ceil(IMAGENET_RANK_STEPS / epochs)})
+
+
+def open_task(args: argparse.Namespace, run: Run) -> Task:
+    """What --dataset brings to a search. Raises UserError."""
+    return (open_imagenet if args.dataset == 'imagenet' else open_small_images)(args, run)
+
+
+def rank_recipe(args: argparse.Namespace, task: Task) -> Recipe:
+    """How the best are trained from scratch at the end, as the found one will be."""
+    return _recipe('rank', args, task, RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB, True, task.rank_options)
+
+
+def candidate_recipe(args: argparse.Namespace, task: Task) -> Recipe:
+    """How NAO trains each candidate."""
+    return _recipe('candidate', args, task, args.child_keep_prob, args.child_drop_path_keep_prob, args.child_use_aux_head,
+                   {'epochs': args.child_epochs, 'lr': task.lr})
+
+
+def _recipe(kind: str, args: argparse.Namespace, task: Task, keep_prob: float, drop_path_keep_prob: float, use_aux_head: bool,
+            options: dict[str, Any]) -> Recipe:
+    def build(arch: Architecture, steps: int) -> FixedNetwork:
+        return task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels, keep_prob,
+                            drop_path_keep_prob, use_aux_head, steps, arch)
+    return Recipe(kind, build, task.train_batches, task.valid_batches, args.child_l2_reg, NETWORK_FLAGS,
+                  {'grad_bound': args.child_grad_bound, 'label_smooth': task.label_smooth, **options})

@@ -1,0 +1,317 @@
+"""Training a network: the loop, the evaluation, a whole training, and what both training programs share.
+
+`train_epoch` and `evaluate` are the one loop of all programs. `train` is a whole training as a generator, which yields after
+each epoch; the programs' own loop over it, in `train_network`, writes metrics and checkpoints.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import architecture
+import checkpoint
+from flags import BATCH, COUNT, KEEP, NOT_NEGATIVE, POSITIVE_INT, Parser, Stopped, UserError, add
+from model import count_madds, count_parameters
+from utils import LOG_EVERY, Run
+
+AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
+
+
+class NotFiniteError(Stopped):
+    """A training loss is infinite or not a number."""
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+def cosine(epoch: int, epochs: int, lr_max: float, lr_min: float) -> float:
+    """The learning rate of an epoch, from 0: lr_min + (lr_max - lr_min)(1 + cos(π·epoch/epochs)) / 2."""
+    return lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def step_decay(epoch: int, lr: float, gamma: float, decay_period: int) -> float:
+    """The learning rate of an epoch, from 0: lr times gamma for every `decay_period` epochs done."""
+    return lr * gamma ** (epoch // decay_period)
+
+
+class Meter:
+    """Sums loss and right answers on the device; nothing is read before `values` is called."""
+
+    def __init__(self, run: Run):
+        dtype = torch.float32 if run.device.type == 'mps' else torch.float64  # MPS has no double
+        self.run, self.sums = run, torch.zeros(4, device=run.device, dtype=dtype)
+        self.start = time.perf_counter()
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Count a batch: logits (batch, classes), labels (batch,), mean loss ()."""
+        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        self.sums[:3] += torch.stack([loss * len(labels), right[:, 0].sum(), right.sum()])
+        self.sums[3] += len(labels)
+
+    def values(self, of_all: bool = True) -> dict[str, float]:
+        """Mean loss, top-1 and top-5 accuracy in per cent, images per second; waits for the device.
+
+        Of all processes, which call it together, or of this one.
+        """
+        loss, top1, top5, images = (self.run.sum(self.sums.clone()) if of_all else self.sums).tolist()
+        seconds = time.perf_counter() - self.start
+        return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images,
+                'images_per_second': images / seconds}
+
+
+class Clock:
+    """Estimates the time that the rest of a training takes from what was done since the clock's start."""
+
+    def __init__(self, step: int, steps: int):
+        self.start, self.first, self.steps = time.monotonic(), step, steps
+
+    def left(self, step: int) -> str:
+        """The time to the last step, as h:mm:ss."""
+        per_step = (time.monotonic() - self.start) / max(1, step - self.first)
+        return str(timedelta(seconds=round(per_step * max(0, self.steps - step))))
+
+
+def describe(values: dict[str, float]) -> str:
+    """A meter's values as a log line shows them."""
+    return (f'loss {values["loss"]:.4f} top-1 {values["top1"]:.2f} % top-5 {values["top5"]:.2f} % '
+            f'{values["images_per_second"]:.0f} images/s')
+
+
+def steps_of(batches: Iterable, max_steps: int | None = None) -> int:
+    """The steps of an epoch: all batches, or `max_steps` of them."""
+    return min(len(batches), max_steps or len(batches))
+
+
+def update(run: Run, optimizer: torch.optim.Optimizer, loss: Tensor, grad_bound: float) -> None:
+    """Make an optimiser step on the parameters that the loss reaches: a supernet's step leaves thousands of others alone."""
+    group, = optimizer.param_groups
+    parameters = group['params']
+    run.scaler.scale(loss).backward()
+    used = [parameter for parameter in parameters if parameter.grad is not None]
+    group['params'] = used
+    run.scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(used, grad_bound)
+    run.scaler.step(optimizer)
+    run.scaler.update()
+    group['params'] = parameters
+    for parameter in used:
+        parameter.grad = None
+
+
+def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor | None]], optimizer: torch.optim.Optimizer,
+                batches: Iterable, *, title: str, lr: float, step: int, clock: Clock, grad_bound: float,
+                label_smooth: float = 0.0, max_steps: int | None = None) -> tuple[dict[str, float], int]:
+    """Train on `batches` (all, or `max_steps` of them) and return the epoch's values (see Meter) and the next step.
+
+    forward(images, step) gives (logits, auxiliary logits or None). The loss is cross-entropy, plus 0.4 times that of the
+    auxiliary logits. Raises NotFiniteError, at a log line or the end, when the loss was not finite.
+    """
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    meter, count = Meter(run), steps_of(batches, max_steps)
+
+    def values() -> dict[str, float]:
+        now = meter.values()
+        if not math.isfinite(now['loss']):
+            raise NotFiniteError(f'the loss is {now["loss"]} in {title}, step {done}/{count}; the last checkpoint is kept; '
+                                 'a smaller learning rate may help')
+        return now
+
+    for done, (images, labels, weight) in enumerate(batches, start=1):
+        with run.autocast():
+            logits, aux_logits = forward(images, step)
+            loss = F.cross_entropy(logits, labels, label_smoothing=label_smooth)
+            if aux_logits is not None:
+                loss = loss + AUX_WEIGHT * F.cross_entropy(aux_logits, labels, label_smoothing=label_smooth)
+        update(run, optimizer, loss * weight if weight != 1 else loss, grad_bound)
+        meter.update(logits, labels, loss)
+        step += 1
+        if done % LOG_EVERY == 0:
+            run.log(f'{title} step {done}/{count} {describe(values())} lr {lr:.3g} left {clock.left(step)}')
+        elif run.live.due:
+            run.live.show(f'{title} step {done}/{count} {describe(meter.values(of_all=False))} left {clock.left(step)}')
+        if done == count:
+            break
+    return values(), step
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module, batches: Iterable) -> dict[str, float]:
+    """Mean loss, top-1 and top-5 accuracy in per cent of the model in eval mode on `batches`."""
+    model.eval()
+    meter = Meter(run)
+    for done, (images, labels) in enumerate(batches, start=1):
+        with run.autocast():
+            logits, _ = model(images)
+            loss = F.cross_entropy(logits, labels)
+        meter.update(logits, labels, loss)
+        if run.live.due:
+            run.live.show(f'testing {done}/{len(batches)} {describe(meter.values(of_all=False))}')
+    return meter.values()
+
+
+def sgd(run: Run, model: nn.Module, l2_reg: float) -> torch.optim.SGD:
+    """The optimiser of every network here: SGD with momentum 0.9; train_epoch sets its learning rate."""
+    fused = run.device.type in ('cpu', 'cuda')
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=l2_reg, fused=fused)
+    for parameter in model.parameters():  # the fused step cannot start some of them later, as a supernet's paths would
+        optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+    return optimizer
+
+
+# ------------------------------------------------------------------------------------------------------ a whole training
+
+class Epoch(NamedTuple):
+    """What a training yields after each epoch."""
+
+    done: int  # epochs so far
+    step: int  # optimiser steps so far
+    lr: float
+    train: dict[str, float]  # values of the epoch's training (see Meter)
+    test: dict[str, float]  # values of the evaluation after it
+
+
+def train(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batches: Iterable, eval_batches: Iterable, *,
+          epochs: int, lr: Callable[[int], float], title: str = '', split: str = 'test', state: dict[str, Any] | None = None,
+          **options: Any) -> Iterator[Epoch]:
+    """Train a network for `epochs`, on from a checkpoint's `state` if given; yield after each of them.
+
+    lr(epoch) is an epoch's learning rate; split: what the log calls the images of eval_batches; `options` go to train_epoch.
+    Raises NotFiniteError.
+    """
+    parallel = run.parallel(model)
+    first = state['epoch'] if state else 0
+    if state:
+        run.resume(state, f'epoch {first}')
+    count = steps_of(train_batches, options.get('max_steps'))
+    step = first * count  # in today's steps: those of the checkpoint may have been of another batch size
+    clock = Clock(step, epochs * count)
+    for epoch in range(first, epochs):
+        model.train()
+        rate = lr(epoch)
+        name = f'{title}epoch {epoch + 1}/{epochs}'
+        training, step = train_epoch(run, parallel, optimizer, train_batches, title=name, lr=rate, step=step, clock=clock,
+                                     **options)
+        run.average_statistics(model)
+        evaluation = evaluate(run, model, eval_batches)
+        if not math.isfinite(evaluation['loss']):  # the last step broke the weights; they must not become a checkpoint
+            raise NotFiniteError(f'the {split} loss is {evaluation["loss"]} after {name}; the last checkpoint is kept; a '
+                                 'smaller learning rate may help')
+        run.log(f'{name} train {describe(training)} | {split} {describe(evaluation)} lr {rate:.3g} left {clock.left(step)}')
+        yield Epoch(epoch + 1, step, rate, training, evaluation)
+
+
+def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batches: Iterable, *, l2_reg: float,
+                  classes: list[str] | None = None, **options: Any) -> None:
+    """Train a network to the end, from checkpoint.pt in the output directory if there is one; `options` go to `train`.
+
+    After each epoch a line of metrics.jsonl, checkpoint.pt, and checkpoint_best.pt if the test accuracy is the best so far,
+    are written. classes: their names, for the checkpoint.
+    """
+    model, path = run.place(model), run.output_dir / 'checkpoint.pt'
+    if run.args.compile:
+        run.compile_cells(model)
+    optimizer = sgd(run, model, l2_reg)
+    state = run.together(lambda: checkpoint.load_network(path) if os.path.exists(path) else None)
+    if state:
+        checkpoint.require(state, ('epoch', 'optimizer', 'best_acc_top1'), path, 'test it by --mode=test --checkpoint, or ')
+        checkpoint.fill_model(model, state['model'], path)
+        checkpoint.fill_optimizer(optimizer, state['optimizer'], path)
+    run.open_output(anew=state is None)
+    log_start(run, model, eval_batches.size)
+    best = float(state['best_acc_top1']) if state else -1.0  # a first network that gets nothing right is the best so far
+    for epoch in train(run, model, optimizer, train_batches, eval_batches, state=state, **options):
+        is_best, best = epoch.test['top1'] > best, max(best, epoch.test['top1'])
+        run.write_metrics(kind='epoch', epoch=epoch.done, step=epoch.step, lr=epoch.lr, train=epoch.train, test=epoch.test,
+                          best_acc_top1=best)
+        save_every = run.args.save_every and epoch.done % run.args.save_every == 0
+        paths = [run.output_dir / name for name, due in (
+            (f'checkpoint_{epoch.done}.pt', save_every), ('checkpoint_best.pt', is_best), ('checkpoint.pt', True)) if due]
+        run.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch.done, 'step': epoch.step,
+                  'best_acc_top1': best, 'arch': str(model.arch), 'classes': classes}, *paths)
+    run.log(f'finished: best test top-1 error {100 - best:.2f} %, checkpoints in {run.output_dir}')
+
+
+def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Iterable) -> dict[str, float]:
+    """Evaluate checkpoint_best.pt, or --checkpoint, and log its errors; build(use_aux_head) makes the network."""
+    path = run.args.checkpoint or run.output_dir / 'checkpoint_best.pt'
+    weights = checkpoint.load_network(path)['model']
+    model = run.place(build(any(name.startswith('auxiliary_head.') for name in weights)))
+    checkpoint.fill_model(model, weights, path)
+    values = evaluate(run, model, eval_batches)
+    run.log(f'{path}: loss {values["loss"]:.4f} top-1 error {100 - values["top1"]:.2f} % '
+            f'top-5 error {100 - values["top5"]:.2f} % on {eval_batches.count} images')
+    return values
+
+
+def log_start(run: Run, model: nn.Module, image_size: int, *extras: Any) -> None:
+    """Log what a reader wants to know first: device, sizes, arguments; `extras` go to the model after the image."""
+    run.log(run.environment())
+    run.log(f'parameters {count_parameters(model):,} (without the auxiliary head), multiply-adds of one image '
+            f'{count_madds(model, image_size, *extras):,}')
+    run.log('arguments ' + ' '.join(f'--{key}={value}' for key, value in vars(run.args).items()))
+
+
+# ------------------------------------------------------------------------------------- the flags of both training programs
+
+def add_network_flags(parser: Parser, layers: int, channels: int, keep_prob: float, drop_path: float) -> None:
+    """The flags of a fixed architecture's network."""
+    group = parser.add_argument_group('network')
+    group.add_argument('--fixed_arc', '--arch', metavar='ARCH', help='the architecture: a line of integers, NAONet_A, NAONet_B '
+                       'or the path of an arch_pool file')
+    add(group, 'arc_index', 'which line of the arch_pool file, from 0', 0, type=COUNT)
+    add(group, 'layers', 'normal cells before, between and after the reduction cells', layers, type=POSITIVE_INT)
+    add(group, 'nodes', 'nodes of a cell', 5, type=POSITIVE_INT)
+    add(group, 'channels', 'channels of the first cells', channels, type=POSITIVE_INT)
+    add(group, 'keep_prob', '1 - dropout before the classifier', keep_prob, type=KEEP)
+    add(group, 'drop_path_keep_prob', '1 - drop path of the last cell at the end', drop_path, type=KEEP)
+    add(group, 'use_aux_head', 'train with the auxiliary head', False, action='store_true')
+
+
+def add_training_flags(parser: Parser, batch_size: int, eval_batch_size: int, epochs: int, l2_reg: float) -> None:
+    """The flags of training and testing a fixed architecture's network."""
+    group = parser.add_argument_group('training')
+    add(group, 'mode', 'test: only evaluate a checkpoint', 'train', choices=['train', 'test'])
+    add(group, 'checkpoint', 'what to test (default: checkpoint_best.pt in --output_dir)', metavar='PATH')
+    add(group, 'batch_size', 'images per step', batch_size, type=BATCH)
+    add(group, 'eval_batch_size', 'images per evaluation step', eval_batch_size, type=POSITIVE_INT)
+    add(group, 'epochs', 'how often all training images are seen', epochs, type=POSITIVE_INT)
+    add(group, 'l2_reg', 'weight decay', l2_reg, type=NOT_NEGATIVE)
+    add(group, 'compile', 'compile each cell with torch.compile (minutes, then faster on GPUs)', False, action='store_true')
+
+
+def parse_training_flags(parser: Parser) -> tuple[argparse.Namespace, architecture.Architecture]:
+    """Parse a training program's flags; in test mode the checkpoint answers for what they leave out.
+
+    Returns them and the architecture that --fixed_arc and --arc_index name, which in the flags is then spelled out: a
+    checkpoint must not depend on a pool file that a later search rewrites. Raises UserError.
+    """
+    args = parser.parse_args()
+    if args.mode == 'test':
+        path = args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt'
+        state = checkpoint.load_network(path)
+        saved = state['args'] | {'fixed_arc': checkpoint.architecture_of(state)}
+        known = [f'--{name}={saved[name]}' for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
+                 if saved.get(name) is not None and hasattr(args, name)]
+        try:
+            args = parser.parse_args([*known, *sys.argv[1:]])
+        except UserError as error:
+            raise UserError(f'{path}: its arguments do not suit this program: {error}') from None
+    if not args.fixed_arc:
+        raise UserError('--fixed_arc is missing: a line of integers, or the path of an arch_pool file')
+    try:
+        arch = architecture.read(args.fixed_arc, args.arc_index, args.nodes)
+    except architecture.ArchitectureError as error:
+        raise UserError(f'--fixed_arc: {error}') from None
+    args.fixed_arc, args.arc_index = str(arch), 0
+    return args, arch
