@@ -33,6 +33,7 @@ import torch
 import architecture
 import controller
 import datasets
+import image_files
 import utils
 from architecture import Architecture
 from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet
@@ -91,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group('images')
     group.add_argument('--dataset', choices=[*datasets.SOURCES, 'imagenet'], default='cifar10',
                        help='imagenet: any folder of images in class folders, see --data')
-    utils.add_file_arguments(parser)
+    image_files.add_flags(parser)
     group = parser.add_argument_group('child: the weight-sharing network')
     for name, kind, default, text in (
             ('batch_size', utils.BATCH, 64, 'images per step'),
@@ -226,7 +227,7 @@ def open_small_images(args: argparse.Namespace, run: utils.Run) -> Task:
 
 def open_imagenet(args: argparse.Namespace, run: utils.Run) -> Task:
     """ImageNet or another folder of images: a random 90 % of the training images train, the rest validates."""
-    train_files, valid_files, classes = datasets.open_files(args.data, args.zip_file, args.lazy_load, args.seed,
+    train_files, valid_files, classes = image_files.open_files(args.data, args.zip_file, args.lazy_load, args.seed,
                                                             utils.processes_here(), run.is_first, validates=False)
     order = torch.randperm(len(train_files), generator=torch.Generator().manual_seed(args.seed))
     split = int(TRAIN_SHARE * len(order))
@@ -234,11 +235,11 @@ def open_imagenet(args: argparse.Namespace, run: utils.Run) -> Task:
         raise utils.UserError(f'--data={args.data}: a search needs at least 2 images in train, of which it validates with some')
 
     def train_batches(run: utils.Run) -> Iterable:
-        return datasets.FileBatches(train_files, args.child_batch_size, run.device, args.workers, order[:split],
+        return image_files.FileBatches(train_files, args.child_batch_size, run.device, args.workers, order[:split],
                                     run.generators['data'], run.rank, run.world)
 
     def valid_batches(run: utils.Run) -> Iterable:
-        return datasets.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, order[split:],
+        return image_files.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, order[split:],
                                     rank=run.rank, world=run.world)
     epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.batch_bounds(split, args.child_batch_size)))
     return Task(

@@ -36,7 +36,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import architecture
-from datasets import DataError
+from flags import UserError
 from operations import FactorizedReduce
 
 LOG_EVERY = 100  # steps between two log lines
@@ -46,10 +46,6 @@ LIFE_LIMIT = 600  # seconds without one after which it is given up, as collectiv
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
 NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'), np.dtype,
                 type(np.dtype(np.float64)), type(np.dtype(np.float32))]  # what a pickled one, such as an accuracy, needs
-
-
-class UserError(Exception):
-    """Something that the user can mend; the message is one line that says what is wrong and what would be right."""
 
 
 class NotFiniteError(Exception):
@@ -155,7 +151,7 @@ def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
     program = Path(sys.argv[0]).name
     try:
         main()
-    except (UserError, DataError) as error:
+    except UserError as error:
         status, line = 2, f'{program}: error: {error}'
     except (NotFiniteError, LostProcessError) as error:
         status, line = 1, f'{program}: stopped: {error}'
@@ -366,7 +362,7 @@ class Run:
         if self.is_first:
             try:
                 result[0] = function()
-            except (UserError, DataError) as error:
+            except UserError as error:
                 result[1] = str(error)
         dist.broadcast_object_list(result, device=self.device if self.device.type == 'cuda' else None)
         if result[1] is not None:
@@ -907,16 +903,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
 
 
 # ------------------------------------------------------------------------------- training and testing a found architecture
-
-def add_file_arguments(parser: Parser) -> None:
-    """The flags of reading images from files."""
-    group = parser.add_argument_group('image files')
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    group.add_argument('--zip_file', action='store_true', help='read train.zip and valid.zip instead of folders')
-    group.add_argument('--lazy_load', action='store_true', help='read images when they are needed, not into memory first')
-    group.add_argument('--workers', type=COUNT, default=max(1, cores // processes_here()), help='processes that decode '
-                       'images; by default the cores, which the processes of a machine share')
-
 
 def add_network_arguments(parser: Parser, layers: int, channels: int, keep_prob: float, drop_path: float) -> None:
     """The flags of a fixed architecture's network."""

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torchvision import transforms
 
 import datasets
-from datasets import CROP_PADDING, DataError, EvalBatches, ImageSet, TrainBatches, batch_bounds, share_of
+from datasets import CROP_PADDING, EvalBatches, ImageSet, TrainBatches, batch_bounds, share_of
+from flags import UserError
 
 CPU = torch.device('cpu')
 
@@ -369,7 +370,7 @@ def test_missing_data_without_network_leave_nothing_behind(name, folder, existin
 
 
 def assert_data_error(name, root, folder, reason):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         datasets.load(name, root, True, CPU)
     message = str(error.value)
     assert len(message.splitlines()) == 1
@@ -379,7 +380,7 @@ def assert_data_error(name, root, folder, reason):
 
 def test_a_data_folder_that_is_a_file_is_reported(tmp_path, no_network):
     (tmp_path / 'file').write_text('keep me')
-    with pytest.raises(DataError, match='--data='):
+    with pytest.raises(UserError, match='--data='):
         datasets.load('cifar10', tmp_path / 'file', True, CPU)
     assert (tmp_path / 'file').read_text() == 'keep me'
 
@@ -401,6 +402,6 @@ def test_a_damaged_download_leaves_nothing_behind(cifar, monkeypatch, tmp_path, 
     archive.write_bytes(b'half of an archive')
     monkeypatch.setattr(cifar.kind, 'url', f'{server[1]}/{archive.name}')
     root = tmp_path / 'new' / 'folder'
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         datasets.load(cifar.name, root, True, CPU)
     assert not (tmp_path / 'new').exists()

@@ -127,7 +127,6 @@ def test_numbers_of_flags_are_checked(kind, good, bad):
 
 @pytest.mark.parametrize('error, status, words', [
     (UserError('--flag is wrong'), 2, 'program.py: error: --flag is wrong'),
-    (utils.DataError('no data'), 2, 'program.py: error: no data'),
     (utils.NotFiniteError('the loss is nan'), 1, 'program.py: stopped: the loss is nan'),
     (KeyboardInterrupt(), 130, 'program.py: interrupted; the same command goes on')])
 def test_a_program_that_fails_says_why_in_one_line(error, status, words, monkeypatch, capsys):
