@@ -185,24 +185,22 @@ def cutout(images: Tensor, size: int, draws: Draws) -> Tensor:
     return images * kept  # faster than to fill it where a mask says so
 
 
-def batch_bounds(count: int, batch_size: int, least: int = 2) -> list[tuple[int, int]]:
-    """(start, stop) of the batches that `count` images make; a last one of fewer than `least` shares with its neighbour,
-    or joins it where two of `least` cannot be made.
-
-    Batch-norm cannot train on a single image, and every process needs some.
-    """
-    starts = list(range(0, count, batch_size))
-    if len(starts) > 1 and count - starts[-1] < least:
-        images = count - starts[-2]
-        starts[-1:] = [starts[-2] + (images + 1) // 2] if images >= 2 * least else []
+def batch_bounds(count: int, batch_size: int, least: int = 1) -> list[tuple[int, int]]:
+    """(start, stop) of the batches that `count` images make; a rest of fewer than `least` joins the last one."""
+    starts = range(0, count - least + 1, batch_size)
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 
-def check_batch_size(batch_size: int, world: int) -> None:
-    """Raise UserError if a batch cannot give each of `world` processes two images."""
-    if batch_size < 2 * world:
+def training_bounds(count: int, batch_size: int, world: int) -> list[tuple[int, int]]:
+    """The `batch_bounds` of training, where every one of `world` processes needs two images: batch-norm takes no fewer.
+
+    Raises UserError where a batch has not so many.
+    """
+    batch_size, least = min(count, batch_size), 2 * world
+    if batch_size < least:
         raise UserError(f'a batch of {batch_size} images is too small for {world} process{"es" if world > 1 else ""}: it needs '
-                        f'at least {2 * world}')
+                        f'at least {least}')
+    return batch_bounds(count, batch_size, least)
 
 
 def share_of(start: int, stop: int, rank: int, world: int) -> tuple[int, int]:
@@ -221,8 +219,7 @@ class TrainBatches:
                  world: int = 1):
         self.data, self.generator, self.cutout_size = data, generator, cutout_size
         self.rank, self.world = rank, world
-        check_batch_size(batch_size, world)
-        self.bounds = batch_bounds(len(data), batch_size, 2 * world)
+        self.bounds = training_bounds(len(data), batch_size, world)
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -247,7 +244,7 @@ class EvalBatches:
     def __init__(self, data: ImageSet, batch_size: int, rank: int = 0, world: int = 1):
         self.data, self.rank, self.world = data, rank, world
         self.count, self.size = len(data), data.size
-        self.bounds = batch_bounds(self.count, batch_size, least=1)
+        self.bounds = batch_bounds(self.count, batch_size)
 
     def __len__(self) -> int:
         return len(self.bounds)

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from torchvision import transforms
 
 import flags
 from class_folders import UNREADABLE, find_images
-from datasets import batch_bounds, channels_last, check_batch_size, normalise, share_of
+from datasets import batch_bounds, channels_last, normalise, share_of, training_bounds
 from flags import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
@@ -50,17 +51,13 @@ def add_flags(parser: flags.Parser) -> None:
 
 
 def available_memory() -> float:
-    """The bytes of memory that a process can still take; infinite where the system does not tell."""
+    """The bytes of memory that can still be taken, a container's limit being one; infinite where the system does not tell."""
     try:
         free = next(int(line.split()[1]) * 1024 for line in Path('/proc/meminfo').read_text().splitlines()
                     if line.startswith('MemAvailable'))
-        limit, used = (Path('/sys/fs/cgroup') / name for name in ('memory.max', 'memory.current'))
-        if limit.exists() and limit.read_text().strip() != 'max':
-            statistics = dict(line.split() for line in limit.with_name('memory.stat').read_text().splitlines())
-            cached = int(statistics['inactive_file'])  # files read before; the system gives their memory back
-            free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)
-        return free
-    except (OSError, StopIteration, ValueError, KeyError):
+        limit = Path('/sys/fs/cgroup/memory.max')
+        return min(free, int(limit.read_text())) if limit.exists() and limit.read_text() != 'max\n' else free
+    except (OSError, StopIteration, ValueError):
         return math.inf
 
 
@@ -159,13 +156,17 @@ class ImageFiles(torch.utils.data.Dataset):
             return self.transform(image), self.labels[index]
 
 
-def collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (batch, 3, h, w) uint8 and labels (batch,) of what could be decoded, and the names of the rest."""
-    broken = [item for item in items if isinstance(item, str)]
+def collate(items: list[tuple[Tensor, int] | str], full: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """Images (batch, 3, h, w) uint8 and labels (batch,) of what could be decoded, and the names of the rest.
+
+    full: good images of the batch take the places of broken ones, so that training's batches keep their size.
+    """
     good = [item for item in items if not isinstance(item, str)]
-    if not good:
-        return torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.empty(0, dtype=torch.long), broken
-    return torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), broken
+    broken = [item for item in items if isinstance(item, str)]
+    if full:
+        good = (good * len(items))[:len(items)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return images, torch.tensor([label for _, label in good]), broken
 
 
 class FileBatches:
@@ -182,13 +183,11 @@ class FileBatches:
         self.files, self.device, self.generator, self.rank, self.world = files, device, generator, rank, world
         self.indices, self.broken = torch.arange(len(files)) if indices is None else torch.as_tensor(indices), set()
         self.count = len(self.indices)
-        if generator:
-            check_batch_size(batch_size, world)
-        self.bounds = batch_bounds(self.count, batch_size, 2 * world if generator else 1)
+        self.bounds = training_bounds(self.count, batch_size, world) if generator else batch_bounds(self.count, batch_size)
         self.keys: list[list[tuple[int, int]]] = []  # what the loader reads in this epoch, batch by batch
         self.loader = torch.utils.data.DataLoader(
-            files, batch_sampler=self.keys, num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda',
-            persistent_workers=workers > 0, generator=torch.Generator())  # of its own: it would draw from dropout's
+            files, batch_sampler=self.keys, num_workers=workers, collate_fn=partial(collate, full=generator is not None),
+            pin_memory=device.type == 'cuda', persistent_workers=workers > 0, generator=torch.Generator())  # of its own: it would draw from dropout's
         self.mean, self.std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def __len__(self) -> int:
@@ -210,7 +209,7 @@ class FileBatches:
         """The images and labels at the positions `chosen` (batch,), in that order."""
         keys = [(0, index) for index in self.indices[chosen.cpu()].tolist()]
         with ThreadPoolExecutor() as pool:
-            return self.to_device(*collate(list(pool.map(self.files.__getitem__, keys))))
+            return self.to_device(*collate(list(pool.map(self.files.__getitem__, keys)), full=False))
 
     def __iter__(self) -> Iterator[tuple]:
         epoch, order = 0, self.indices
@@ -223,14 +222,13 @@ class FileBatches:
         self.keys[:] = [[(epoch, index) for index in order[first:last].tolist()] for first, last in shares]
         for (start, stop), read in zip(self.bounds, self.loader, strict=False):
             images, labels = self.to_device(*read)
-            good = len(labels)
-            if self.generator:
-                if good < 2:  # batch-norm cannot train on less: a lone image counts once, none counts nothing
-                    images = images.repeat(2, 1, 1, 1) if good else images.new_zeros(2, *images.shape[1:])
-                    labels = labels.repeat(2) if good else labels.new_zeros(2)
-                yield images, labels, good * self.world / (stop - start)
-            elif good:
-                yield images, labels
+            if not self.generator:
+                if len(labels):
+                    yield images, labels
+            elif len(labels):
+                yield images, labels, len(labels) * self.world / (stop - start)
+            else:
+                raise UserError(f'{self.files.place}: all images of a batch are broken; copy the data anew, or remove them')
 
 
 def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, processes: int = 1, show: bool = True,

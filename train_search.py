@@ -241,7 +241,7 @@ def open_imagenet(args: argparse.Namespace, run: utils.Run) -> Task:
     def valid_batches(run: utils.Run) -> Iterable:
         return image_files.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, order[split:],
                                     rank=run.rank, world=run.world)
-    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.batch_bounds(split, args.child_batch_size)))
+    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.training_bounds(split, args.child_batch_size, run.world)))
     return Task(
         len(classes), NASWSNetworkImageNet, NASNetworkImageNet, train_batches, valid_batches,
         partial(utils.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),

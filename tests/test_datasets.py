@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torchvision import transforms
 
 import datasets
-from datasets import CROP_PADDING, EvalBatches, ImageSet, TrainBatches, batch_bounds, share_of
+from datasets import CROP_PADDING, EvalBatches, ImageSet, TrainBatches, batch_bounds, share_of, training_bounds
 from flags import UserError
 
 CPU = torch.device('cpu')
@@ -156,16 +156,25 @@ def test_training_batches_are_cropped_flipped_normalised_and_cut_in_this_order(g
 
 # --------------------------------------------------------------------------------------------------------------- batches
 
-@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 8))
+@given(st.integers(8, 300), st.integers(8, 40), st.integers(1, 8))
 def test_batches_cover_all_images_once_and_none_is_too_small(count, batch_size, least):
     bounds = batch_bounds(count, batch_size, least)
     assert [index for start, stop in bounds for index in range(start, stop)] == list(range(count))
     assert all(stop > start for start, stop in bounds)
-    if batch_size >= least and count >= least:
-        assert all(least <= stop - start < batch_size + least for start, stop in bounds)
-    if batch_size >= 2 * least - 1:
-        assert all(stop - start <= batch_size for start, stop in bounds)
-    assert all(stop - start == batch_size for start, stop in bounds[:-2])
+    assert all(stop - start == batch_size for start, stop in bounds[:-1])
+    assert least <= bounds[-1][1] - bounds[-1][0] < batch_size + least
+
+
+@given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 4))
+def test_training_gives_every_process_two_images_of_every_batch_or_says_why_not(count, batch_size, world):
+    if min(count, batch_size) < 2 * world:
+        words = f'a batch of {min(count, batch_size)} images .* for {world} process.* at least {2 * world}'
+        with pytest.raises(UserError, match=words):
+            training_bounds(count, batch_size, world)
+        return
+    for start, stop in training_bounds(count, batch_size, world):
+        shares = [share_of(start, stop, rank, world) for rank in range(world)]
+        assert all(last - first >= 2 for first, last in shares)
 
 
 @given(st.integers(0, 50), st.integers(0, 100), st.integers(1, 9))
