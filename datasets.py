@@ -6,7 +6,6 @@ layout, labels (batch,) int64).
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,33 +57,23 @@ class Source(NamedTuple):
     load: Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]  # (root, train) -> uint8 (count, 3, h, w), labels
 
 
-@contextlib.contextmanager
-def _nothing_left_on_failure(root: Path) -> Iterator[None]:
-    """Remove what was created at and below `root` (its parents too) if the body fails, and nothing else."""
-    missing = [path for path in (root, *root.parents) if not path.exists()]
-    before = set(root.rglob('*'))
-    try:
-        yield
-    except BaseException:
-        for path in (missing[-1:] or sorted(set(root.rglob('*')) - before, reverse=True)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        raise
-
-
 def _load_cifar(dataset: type[torchvision.datasets.CIFAR10]) -> Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]:
     def load(root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+        missing = [folder for folder in (root / dataset.base_folder, root, *root.parents) if not folder.exists()]
         try:
-            data = dataset(str(root), train=train)
-        except RuntimeError:  # torchvision's word for missing or damaged files
-            data = None
-        try:
-            if data is None:
-                with _nothing_left_on_failure(root):
-                    data = dataset(str(root), train=train, download=True)
+            with contextlib.suppress(RuntimeError):  # torchvision's word for missing or damaged files
+                return read(dataset(str(root), train=train))
+            return read(dataset(str(root), train=train, download=True))  # again, if an earlier one was cut off
         except (OSError, RuntimeError, EOFError) as error:
             raise UserError(f'--data={root}: no intact {dataset.__name__} there and it cannot be downloaded ({error}); '
                             f'unpack {dataset.filename} to {root / dataset.base_folder}, or use --dataset=digits, which '
                             'needs no download') from None
+        finally:
+            for folder in missing:
+                with contextlib.suppress(OSError):  # it holds something now, or was never made
+                    folder.rmdir()
+
+    def read(data: torchvision.datasets.CIFAR10) -> tuple[np.ndarray, np.ndarray]:
         return data.data.transpose(0, 3, 1, 2), np.asarray(data.targets)
     return load
 

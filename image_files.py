@@ -187,7 +187,8 @@ class FileBatches:
         self.keys: list[list[tuple[int, int]]] = []  # what the loader reads in this epoch, batch by batch
         self.loader = torch.utils.data.DataLoader(
             files, batch_sampler=self.keys, num_workers=workers, collate_fn=partial(collate, full=generator is not None),
-            pin_memory=device.type == 'cuda', persistent_workers=workers > 0, generator=torch.Generator())  # of its own: it would draw from dropout's
+            pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
+            generator=torch.Generator())  # of its own: it would draw from dropout's
         self.mean, self.std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def __len__(self) -> int:

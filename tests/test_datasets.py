@@ -406,11 +406,48 @@ def test_a_download_is_unpacked_and_used(cifar, monkeypatch, tmp_path, server):
     assert (root / cifar.kind.base_folder).is_dir()
 
 
-def test_a_damaged_download_leaves_nothing_behind(cifar, monkeypatch, tmp_path, server):
+def test_a_damaged_download_is_reported_and_loaded_again(cifar, monkeypatch, tmp_path, server):
     archive = server[0] / cifar.kind.filename
     archive.write_bytes(b'half of an archive')
     monkeypatch.setattr(cifar.kind, 'url', f'{server[1]}/{archive.name}')
     root = tmp_path / 'new' / 'folder'
     with pytest.raises(UserError):
         datasets.load(cifar.name, root, True, CPU)
-    assert not (tmp_path / 'new').exists()
+    with tarfile.open(archive, 'w:gz') as file:
+        file.add(cifar.folder, cifar.kind.base_folder)
+    monkeypatch.setattr(cifar.kind, 'tgz_md5', hashlib.md5(archive.read_bytes()).hexdigest())
+    assert len(datasets.load(cifar.name, root, True, CPU)) == len(cifar.labels[True])
+
+
+@pytest.mark.parametrize('failure', [OSError('the line is dead'), RuntimeError('not found or corrupted'), KeyboardInterrupt()])
+@pytest.mark.parametrize('existing', [True, False])
+def test_a_failed_download_deletes_nothing_that_appeared_meanwhile(failure, existing, tmp_path, monkeypatch):
+    """Files put there by hand, another run's checkpoint with --data=. : none of it is the download's."""
+    root = tmp_path / 'new' / 'data'
+    folder = root / 'cifar-10-batches-py'
+    if existing:
+        folder.mkdir(parents=True)
+        (folder / 'data_batch_1').write_text('by hand')
+
+    def download(*args, **kwargs):
+        (folder / 'deep').mkdir(parents=True)
+        (folder / 'data_batch_2').write_text('by hand')
+        (root / 'exp').mkdir()
+        (root / 'exp' / 'checkpoint.pt').write_text('of another run')
+        raise failure
+    monkeypatch.setattr(torchvision.datasets.cifar, 'download_and_extract_archive', download)
+    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UserError):
+        datasets.load('cifar10', root, True, CPU)
+    assert (root / 'exp' / 'checkpoint.pt').read_text() == 'of another run'
+    assert (folder / 'data_batch_2').exists() and (folder / 'deep').is_dir()
+    assert not existing or (folder / 'data_batch_1').read_text() == 'by hand'
+
+
+def test_an_interrupted_download_leaves_no_empty_folders(tmp_path, monkeypatch):
+    def download(*args, **kwargs):
+        (tmp_path / 'new' / 'data' / 'cifar-10-batches-py').mkdir(parents=True)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torchvision.datasets.cifar, 'download_and_extract_archive', download)
+    with pytest.raises(KeyboardInterrupt):
+        datasets.load('cifar10', tmp_path / 'new' / 'data', True, CPU)
+    assert files(tmp_path) == []
