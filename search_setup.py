@@ -12,6 +12,7 @@ import torch
 import architecture
 import controller
 import datasets
+import image_files
 import training
 from architecture import Architecture
 from candidates import Recipe
@@ -140,7 +141,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group('images')
     add(group, 'dataset', 'imagenet: any folder of images in class folders, see --data', 'cifar10',
         choices=[*datasets.SOURCES, 'imagenet'])
-    datasets.add_file_flags(parser, processes_here())
+    image_files.add_flags(parser)
     group = parser.add_argument_group('child: the weight-sharing network, or each candidate')
     for name, kind, default, text in CHILD_FLAGS:
         add(group, f'child_{name}', text, default, type=kind)
@@ -233,7 +234,7 @@ def open_small_images(args: argparse.Namespace, run: Run) -> Task:
 
 def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
     """ImageNet or another folder of images: a random 90 % of the training images train, the rest validates."""
-    train_files, valid_files, classes = datasets.open_files(args.data, args.zip_file, args.lazy_load, args.seed,
+    train_files, valid_files, classes = image_files.open_files(args.data, args.zip_file, args.lazy_load, args.seed,
                                                             processes_here(), run.is_first, validates=False)
     order = torch.randperm(len(train_files), generator=torch.Generator().manual_seed(args.seed))
     split = int(TRAIN_SHARE * len(order))
@@ -241,13 +242,13 @@ def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
         raise UserError(f'--data={args.data}: a search needs at least 2 images in train, of which it validates with some')
 
     def train_batches(run: Run) -> Iterable:
-        return datasets.FileBatches(train_files, args.child_batch_size, run.device, args.workers, order[:split],
+        return image_files.FileBatches(train_files, args.child_batch_size, run.device, args.workers, order[:split],
                                     run.generators['data'], run.rank, run.world)
 
     def valid_batches(run: Run) -> Iterable:
-        return datasets.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, order[split:],
+        return image_files.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, order[split:],
                                     rank=run.rank, world=run.world)
-    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.batch_bounds(split, args.child_batch_size)))
+    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.training_bounds(split, args.child_batch_size, run.world)))
     return Task(
         len(classes), NASWSNetworkImageNet, NASNetworkImageNet, train_batches, valid_batches,
         partial(training.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),

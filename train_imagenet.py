@@ -12,7 +12,7 @@ import argparse
 import sys
 from functools import partial
 
-import datasets
+import image_files
 import training
 from architecture import Architecture
 from flags import FRACTION, POSITIVE, POSITIVE_INT, Parser, add, add_run_flags, run_program
@@ -26,7 +26,7 @@ def parse_args() -> tuple[argparse.Namespace, Architecture]:
     """The program's flags, and the architecture that they name."""
     parser = Parser('Train or test the network of one architecture on images in class folders.')
     add_run_flags(parser, output_dir='exp/imagenet', data='imagenet/raw-data')
-    datasets.add_file_flags(parser, processes_here())
+    image_files.add_flags(parser)
     training.add_training_flags(parser, batch_size=128, eval_batch_size=128, epochs=250, l2_reg=3e-5)
     training.add_network_flags(parser, layers=4, channels=48, keep_prob=1.0, drop_path=1.0)
     group = parser.add_argument_group('ImageNet')
@@ -45,9 +45,9 @@ def main() -> None:
     if args.mode == 'train' and run.is_first and abs(args.lr / (LR_PER_IMAGE * args.batch_size) - 1) > 0.01:
         print(f'warning: --lr={args.lr:g} with --batch_size={args.batch_size}: the published results keep 0.1 per 128 images, '
               f'which is --lr={LR_PER_IMAGE * args.batch_size:g}', file=sys.stderr, flush=True)
-    train_files, valid_files, classes = datasets.open_files(
+    train_files, valid_files, classes = image_files.open_files(
         args.data, args.zip_file, args.lazy_load or args.mode == 'test', args.seed, processes_here(), run.is_first)
-    valid_batches = datasets.FileBatches(valid_files, args.eval_batch_size, run.device, args.workers, rank=run.rank,
+    valid_batches = image_files.FileBatches(valid_files, args.eval_batch_size, run.device, args.workers, rank=run.rank,
                                          world=run.world)
 
     def build(use_aux_head: bool, steps: int = 1) -> NASNetworkImageNet:
@@ -56,7 +56,7 @@ def main() -> None:
     if args.mode == 'test':
         training.test_network(run, build, valid_batches)
         return
-    train_batches = datasets.FileBatches(train_files, args.batch_size, run.device, args.workers,
+    train_batches = image_files.FileBatches(train_files, args.batch_size, run.device, args.workers,
                                          generator=run.generators['data'], rank=run.rank, world=run.world)
     training.train_network(run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, valid_batches,
                            l2_reg=args.l2_reg, classes=classes, epochs=args.epochs, grad_bound=args.grad_clip,

@@ -175,6 +175,7 @@ MOMENTS = {  # where programs are interrupted -> the function that does it, look
     'a round of fits': 'controller.fit_all',
     'a fit': 'controller.fit',
     'a batch': 'datasets.normalise',
+    'a batch of files': 'image_files.normalise',
     'a write': 'torch.save',
     'a flush': 'os.fsync',
     'a rename': 'os.replace',

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torchvision import transforms
 
 import datasets
-from datasets import CROP_PADDING, DataError, EvalBatches, ImageSet, TrainBatches, batch_bounds, share_of
+from datasets import CROP_PADDING, EvalBatches, ImageSet, TrainBatches, batch_bounds, share_of, training_bounds
+from flags import UserError
 
 CPU = torch.device('cpu')
 
@@ -155,16 +156,25 @@ def test_training_batches_are_cropped_flipped_normalised_and_cut_in_this_order(g
 
 # --------------------------------------------------------------------------------------------------------------- batches
 
-@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 8))
+@given(st.integers(8, 300), st.integers(8, 40), st.integers(1, 8))
 def test_batches_cover_all_images_once_and_none_is_too_small(count, batch_size, least):
     bounds = batch_bounds(count, batch_size, least)
     assert [index for start, stop in bounds for index in range(start, stop)] == list(range(count))
     assert all(stop > start for start, stop in bounds)
-    if batch_size >= least and count >= least:
-        assert all(least <= stop - start < batch_size + least for start, stop in bounds)
-    if batch_size >= 2 * least - 1:
-        assert all(stop - start <= batch_size for start, stop in bounds)
-    assert all(stop - start == batch_size for start, stop in bounds[:-2])
+    assert all(stop - start == batch_size for start, stop in bounds[:-1])
+    assert least <= bounds[-1][1] - bounds[-1][0] < batch_size + least
+
+
+@given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 4))
+def test_training_gives_every_process_two_images_of_every_batch_or_says_why_not(count, batch_size, world):
+    if min(count, batch_size) < 2 * world:
+        words = f'a batch of {min(count, batch_size)} images .* for {world} process.* at least {2 * world}'
+        with pytest.raises(UserError, match=words):
+            training_bounds(count, batch_size, world)
+        return
+    for start, stop in training_bounds(count, batch_size, world):
+        shares = [share_of(start, stop, rank, world) for rank in range(world)]
+        assert all(last - first >= 2 for first, last in shares)
 
 
 @given(st.integers(0, 50), st.integers(0, 100), st.integers(1, 9))
@@ -369,7 +379,7 @@ def test_missing_data_without_network_leave_nothing_behind(name, folder, existin
 
 
 def assert_data_error(name, root, folder, reason):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         datasets.load(name, root, True, CPU)
     message = str(error.value)
     assert len(message.splitlines()) == 1
@@ -379,7 +389,7 @@ def assert_data_error(name, root, folder, reason):
 
 def test_a_data_folder_that_is_a_file_is_reported(tmp_path, no_network):
     (tmp_path / 'file').write_text('keep me')
-    with pytest.raises(DataError, match='--data='):
+    with pytest.raises(UserError, match='--data='):
         datasets.load('cifar10', tmp_path / 'file', True, CPU)
     assert (tmp_path / 'file').read_text() == 'keep me'
 
@@ -396,11 +406,48 @@ def test_a_download_is_unpacked_and_used(cifar, monkeypatch, tmp_path, server):
     assert (root / cifar.kind.base_folder).is_dir()
 
 
-def test_a_damaged_download_leaves_nothing_behind(cifar, monkeypatch, tmp_path, server):
+def test_a_damaged_download_is_reported_and_loaded_again(cifar, monkeypatch, tmp_path, server):
     archive = server[0] / cifar.kind.filename
     archive.write_bytes(b'half of an archive')
     monkeypatch.setattr(cifar.kind, 'url', f'{server[1]}/{archive.name}')
     root = tmp_path / 'new' / 'folder'
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         datasets.load(cifar.name, root, True, CPU)
-    assert not (tmp_path / 'new').exists()
+    with tarfile.open(archive, 'w:gz') as file:
+        file.add(cifar.folder, cifar.kind.base_folder)
+    monkeypatch.setattr(cifar.kind, 'tgz_md5', hashlib.md5(archive.read_bytes()).hexdigest())
+    assert len(datasets.load(cifar.name, root, True, CPU)) == len(cifar.labels[True])
+
+
+@pytest.mark.parametrize('failure', [OSError('the line is dead'), RuntimeError('not found or corrupted'), KeyboardInterrupt()])
+@pytest.mark.parametrize('existing', [True, False])
+def test_a_failed_download_deletes_nothing_that_appeared_meanwhile(failure, existing, tmp_path, monkeypatch):
+    """Files put there by hand, another run's checkpoint with --data=. : none of it is the download's."""
+    root = tmp_path / 'new' / 'data'
+    folder = root / 'cifar-10-batches-py'
+    if existing:
+        folder.mkdir(parents=True)
+        (folder / 'data_batch_1').write_text('by hand')
+
+    def download(*args, **kwargs):
+        (folder / 'deep').mkdir(parents=True)
+        (folder / 'data_batch_2').write_text('by hand')
+        (root / 'exp').mkdir()
+        (root / 'exp' / 'checkpoint.pt').write_text('of another run')
+        raise failure
+    monkeypatch.setattr(torchvision.datasets.cifar, 'download_and_extract_archive', download)
+    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UserError):
+        datasets.load('cifar10', root, True, CPU)
+    assert (root / 'exp' / 'checkpoint.pt').read_text() == 'of another run'
+    assert (folder / 'data_batch_2').exists() and (folder / 'deep').is_dir()
+    assert not existing or (folder / 'data_batch_1').read_text() == 'by hand'
+
+
+def test_an_interrupted_download_leaves_no_empty_folders(tmp_path, monkeypatch):
+    def download(*args, **kwargs):
+        (tmp_path / 'new' / 'data' / 'cifar-10-batches-py').mkdir(parents=True)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torchvision.datasets.cifar, 'download_and_extract_archive', download)
+    with pytest.raises(KeyboardInterrupt):
+        datasets.load('cifar10', tmp_path / 'new' / 'data', True, CPU)
+    assert files(tmp_path) == []

@@ -17,7 +17,11 @@ from PIL import Image
 from torchvision import transforms
 
 import datasets
-from datasets import DataError, FileBatches, ImageFiles
+import flags
+import image_files
+from class_folders import find_images
+from flags import UserError
+from image_files import FileBatches, ImageFiles
 
 CPU = torch.device('cpu')
 TRAIN, VALID = {'b': 5, 'a': 4, 'c': 4}, {'a': 3, 'c': 2}
@@ -44,8 +48,8 @@ def jpeg(size=(30, 30), seed=0):
 def small(monkeypatch):
     """Transforms that take no time: 8×8 pixels."""
     fast = transforms.Compose([transforms.Resize((8, 8)), transforms.PILToTensor()])
-    monkeypatch.setattr(datasets, 'EVAL_TRANSFORM', fast)
-    monkeypatch.setattr(datasets, 'IMAGE_SIZE', 8)
+    monkeypatch.setattr(image_files, 'EVAL_TRANSFORM', fast)
+    monkeypatch.setattr(image_files, 'IMAGE_SIZE', 8)
     return fast
 
 
@@ -72,13 +76,13 @@ def numbered(count, monkeypatch):
 
 def numbers(images):
     """The number of each image of `numbered`."""
-    pixels = images[:, 0, 0, 0] * datasets.IMAGENET_STD[0] + datasets.IMAGENET_MEAN[0]
+    pixels = images[:, 0, 0, 0] * image_files.IMAGENET_STD[0] + image_files.IMAGENET_MEAN[0]
     return (pixels * 255).round().int().tolist()
 
 
 def epochs(root, zipped=False, lazy=True, workers=0, seed=5, count=2, batch_size=4):
     """The batches of `count` epochs of training, and of evaluation."""
-    train, valid, _ = datasets.open_files(root, zipped, lazy, seed, show=False)
+    train, valid, _ = image_files.open_files(root, zipped, lazy, seed, show=False)
     train_batches = FileBatches(train, batch_size, CPU, workers, generator=torch.Generator().manual_seed(seed))
     valid_batches = FileBatches(valid, batch_size, CPU, workers)
     return [list(train_batches) for _ in range(count)], list(valid_batches)
@@ -117,8 +121,8 @@ def test_another_epoch_and_another_seed_give_other_batches(root, expected):
 
 
 def test_an_image_is_transformed_by_seed_and_epoch_alone_whoever_else_is_in_the_batch(root):
-    train, *_ = datasets.open_files(root, False, True, 5, show=False)
-    other, *_ = datasets.open_files(root, False, True, 6, show=False)
+    train, *_ = image_files.open_files(root, False, True, 5, show=False)
+    other, *_ = image_files.open_files(root, False, True, 6, show=False)
     image, label = train[3, 7]
     torch.rand(5)
     assert torch.equal(train[3, 7][0], image) and label == train[9, 7][1]
@@ -128,7 +132,7 @@ def test_an_image_is_transformed_by_seed_and_epoch_alone_whoever_else_is_in_the_
 def test_an_epoch_left_early_does_not_disturb_the_next(root, expected):
     """As training from scratch on ImageNet does after 500 steps."""
     for workers in (0, 2):
-        train, *_ = datasets.open_files(root, False, True, 5, show=False)
+        train, *_ = image_files.open_files(root, False, True, 5, show=False)
         generator = torch.Generator()
         batches = FileBatches(train, 4, CPU, workers, generator=generator)
         next(iter(batches))
@@ -150,7 +154,7 @@ def test_reading_draws_from_no_generator_but_its_own(root, monkeypatch):
 
 
 def test_batches_are_normalised_images_with_labels_by_sorted_class_names(root):
-    train, valid, classes = datasets.open_files(root, False, True, 0, show=False)
+    train, valid, classes = image_files.open_files(root, False, True, 0, show=False)
     assert classes == ['a', 'b', 'c']
     assert len(train) == 13 and len(valid) == 5
     assert valid.labels == [0, 0, 0, 2, 2] and train.labels == [0] * 4 + [1] * 5 + [2] * 4
@@ -159,17 +163,17 @@ def test_batches_are_normalised_images_with_labels_by_sorted_class_names(root):
     assert images.shape == (5, 3, 224, 224) and images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)
     to_tensor = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(),
-                                    transforms.Normalize(datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)])
+                                    transforms.Normalize(image_files.IMAGENET_MEAN, image_files.IMAGENET_STD)])
     for image, name in zip(images, valid.names, strict=True):
         torch.testing.assert_close(image, to_tensor(Image.open(root / 'valid' / name).convert('RGB')), rtol=1e-5, atol=1e-5)
 
 
 def test_training_transforms_are_torchvisions_for_the_same_random_state(root):
-    train, *_ = datasets.open_files(root, False, True, 5, show=False)
+    train, *_ = image_files.open_files(root, False, True, 5, show=False)
     transform = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
                                     transforms.ColorJitter(.4, .4, .4, .2), transforms.PILToTensor()])
     for epoch, index in ((0, 0), (1, 5), (2, 12)):
-        torch.manual_seed(datasets.zlib.crc32(f'5 {epoch} {index}'.encode()))
+        torch.manual_seed(image_files.zlib.crc32(f'5 {epoch} {index}'.encode()))
         wanted = transform(Image.open(root / 'train' / train.names[index]).convert('RGB'))
         assert torch.equal(train[epoch, index][0], wanted)
 
@@ -181,7 +185,7 @@ def test_grey_palette_transparent_and_cmyk_images_become_rgb(tmp_path, root):
         image = picture.convert(mode) if mode not in ('LA',) else picture.convert('RGBA')
         image.save(tmp_path / 'train' / 'a' / f'{mode}.{suffix}')
     (tmp_path / 'val').symlink_to(tmp_path / 'train')
-    train, valid, _ = datasets.open_files(tmp_path, False, False, 0, show=False)
+    train, valid, _ = image_files.open_files(tmp_path, False, False, 0, show=False)
     assert len(train) == 6
     assert all(files[0, index][0].shape == (3, 224, 224) for files in (train, valid) for index in range(6))
 
@@ -192,9 +196,9 @@ def test_validation_may_be_called_val_and_valid_comes_first(root, tmp_path):
     zip_images(tmp_path / 'train', tmp_path / 'train.zip')
     zip_images(tmp_path / 'val', tmp_path / 'val.zip')
     for zipped in (False, True):
-        assert len(datasets.open_files(tmp_path, zipped, True, 0, show=False)[1]) == 1
+        assert len(image_files.open_files(tmp_path, zipped, True, 0, show=False)[1]) == 1
     write_images(tmp_path / 'valid', {'a': 3})
-    assert len(datasets.open_files(tmp_path, False, True, 0, show=False)[1]) == 3
+    assert len(image_files.open_files(tmp_path, False, True, 0, show=False)[1]) == 3
 
 
 def test_what_is_no_image_is_left_alone(root, tmp_path):
@@ -209,12 +213,12 @@ def test_what_is_no_image_is_left_alone(root, tmp_path):
     for part in ('train', 'valid'):
         zip_images(tmp_path / 'train', tmp_path / f'{part}.zip')
     for zipped in (False, True):
-        train, _, classes = datasets.open_files(tmp_path, zipped, False, 0, show=False)
+        train, _, classes = image_files.open_files(tmp_path, zipped, False, 0, show=False)
         assert classes == ['a'] and train.names == ['a/a_0.JPEG', 'a/a_1.JPEG']
 
 
 def test_images_that_were_read_can_be_sent_to_spawned_workers(root):
-    files, *_ = datasets.open_files(root / 'zips' / 'plain', True, True, 0, show=False)
+    files, *_ = image_files.open_files(root / 'zips' / 'plain', True, True, 0, show=False)
     FileBatches(files, 4, CPU, 0).batch(torch.arange(4))  # opens the zip, in several threads
     assert files.archives
     copy = pickle.loads(pickle.dumps(files))
@@ -229,8 +233,8 @@ def test_missing_folders_and_zips_are_named(zipped, part, root, tmp_path):
     suffix = '.zip' if zipped else ''
     other = 'valid' if part == 'train' else 'train'
     (tmp_path / f'{other}{suffix}').symlink_to((root / 'zips' / 'plain' if zipped else root) / f'{other}{suffix}')
-    with pytest.raises(DataError, match=f'there is no {part}{suffix}') as error:
-        datasets.open_files(tmp_path, zipped, True, 0)
+    with pytest.raises(UserError, match=f'there is no {part}{suffix}') as error:
+        image_files.open_files(tmp_path, zipped, True, 0)
     assert f'--data={tmp_path}' in str(error.value) and '\n' not in str(error.value)
 
 
@@ -241,8 +245,8 @@ def test_what_is_not_a_zip_is_named(content, root, tmp_path):
         file.mkdir()
     else:
         file.write_bytes((root / 'zips' / 'plain' / 'train.zip').read_bytes()[:-100] if content == 'cut' else content)
-    with pytest.raises(DataError, match=r'train\.zip: is not a readable zip file') as error:
-        datasets.open_files(tmp_path, True, True, 0)
+    with pytest.raises(UserError, match=r'train\.zip: is not a readable zip file') as error:
+        image_files.open_files(tmp_path, True, True, 0)
     assert '\n' not in str(error.value)
 
 
@@ -251,15 +255,15 @@ def test_a_set_without_images_is_named(zipped, tmp_path):
     (tmp_path / 'train' / 'a').mkdir(parents=True)
     (tmp_path / 'train' / 'a' / 'text.txt').touch()
     zip_images(tmp_path / 'train', tmp_path / 'train.zip')
-    with pytest.raises(DataError, match=r'train(\.zip)?: has no images in class folders'):
-        datasets.open_files(tmp_path, zipped, True, 0)
+    with pytest.raises(UserError, match=r'train(\.zip)?: has no images in class folders'):
+        image_files.open_files(tmp_path, zipped, True, 0)
 
 
 def test_a_class_that_is_only_in_validation_is_named(tmp_path):
     write_images(tmp_path / 'train', {'a': 1, 'b': 1})
     write_images(tmp_path / 'valid', {'a': 1, 'new': 1, 'other': 1})
-    with pytest.raises(DataError, match=r'valid: the class new is not among .* nor are 1 more'):
-        datasets.open_files(tmp_path, False, True, 0)
+    with pytest.raises(UserError, match=r'valid: the class new is not among .* nor are 1 more'):
+        image_files.open_files(tmp_path, False, True, 0)
 
 
 def broken_file(path, kind):
@@ -281,16 +285,14 @@ def test_one_broken_image_of_a_hundred_is_named_once_and_left_out(kind, lazy, tm
     fast = small(monkeypatch)
     many(tmp_path / 'train')
     broken_file(tmp_path / 'train' / 'one' / '042.JPEG', kind)
-    place, images = datasets.find_images(tmp_path, 'train', False)
+    place, images = find_images(tmp_path, 'train', False)
     files = ImageFiles(place, images, ['one'], fast, 0)
     if not lazy:
         files.hold(1, False)
-    for batches in (FileBatches(files, 10, CPU, 0, generator=torch.Generator()), FileBatches(files, 10, CPU, 0)):
-        assert [sum(len(batch[1]) for batch in batches) for _ in range(2)] == [99, 99]
+    for training, seen in ((True, 100), (False, 99)):  # another image of its batch takes its place in training
+        batches = FileBatches(files, 10, CPU, 0, generator=torch.Generator() if training else None)
+        assert [sum(len(batch[1]) for batch in batches) for _ in range(2)] == [seen, seen]
         assert capsys.readouterr().err == f'warning: {place}/one/042.JPEG: is broken or cut off; left out\n'
-    batches = FileBatches(files, 10, CPU, 0, generator=torch.Generator())
-    weights = [(len(labels), weight) for _, labels, weight in batches]
-    assert sorted(weights) == [(9, .9)] + [(10, 1.)] * 9
 
 
 @pytest.mark.parametrize('lazy', [False, True])
@@ -303,7 +305,7 @@ def test_a_broken_entry_of_a_zip_is_a_broken_image(lazy, tmp_path, monkeypatch, 
     content = bytearray((tmp_path / 'train.zip').read_bytes())
     content[entry.header_offset + 200] ^= 255  # its checksum is wrong now
     (tmp_path / 'train.zip').write_bytes(content)
-    place, images = datasets.find_images(tmp_path, 'train', True)
+    place, images = find_images(tmp_path, 'train', True)
     files = ImageFiles(place, images, ['one'], fast, 0)
     if not lazy:
         files.hold(1, False)
@@ -314,30 +316,31 @@ def test_a_broken_entry_of_a_zip_is_a_broken_image(lazy, tmp_path, monkeypatch, 
 def test_two_broken_images_of_a_hundred_stop_with_one_line(tmp_path, monkeypatch):
     fast = small(monkeypatch)
     many(tmp_path / 'train', broken=(3, 70))
-    place, images = datasets.find_images(tmp_path, 'train', False)
-    with pytest.raises(DataError, match='2 of 100 images cannot be decoded, more than 1%') as error:
+    place, images = find_images(tmp_path, 'train', False)
+    with pytest.raises(UserError, match='2 of 100 images cannot be decoded, more than 1%') as error:
         list(FileBatches(ImageFiles(place, images, ['one'], fast, 0), 10, CPU, 0))
     assert str(place) in str(error.value) and '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('good', [0, 1])
-def test_a_batch_that_is_all_broken_or_has_one_image_still_can_be_trained_on(good, monkeypatch):
-    """A process must take part in each step; what it trains on then counts nothing, or as one image."""
+def test_good_images_of_a_batch_take_the_places_of_broken_ones(monkeypatch):
+    """Batch-norm cannot train on a lone image, and a process must take part in each step."""
     files = numbered(300, monkeypatch)
     batches = FileBatches(files, 4, CPU, 0, generator=torch.Generator())
-    images, labels, broken = datasets.collate([files[0, 7]] * good + ['broken'] * 3)
-    monkeypatch.setattr(batches, 'loader', [(images, labels, broken[:1])] * len(batches))
+    read = image_files.collate([files[0, 7], 'a.png', files[0, 9], 'b.png'], full=True)
+    monkeypatch.setattr(batches, 'loader', [read] * len(batches))
     for images, labels, weight in batches:
-        assert images.shape == (2, 3, 8, 8) and labels.shape == (2,) and weight == good / 4
-        assert not good or numbers(images) == [7, 7]
+        assert numbers(images) == [7, 9, 7, 9] and labels.tolist() == [0] * 4 and weight == 1
+    monkeypatch.setattr(batches, 'loader', [image_files.collate(['a.png', 'b.png'], full=True)])
+    with pytest.raises(UserError, match='all images of a batch are broken'):
+        list(batches)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
 
 def test_a_set_that_does_not_fit_into_the_memory_is_read_lazily(root, monkeypatch, capsys, expected):
     size = sum(path.stat().st_size for path in (root / 'valid').rglob('*.JPEG'))
-    monkeypatch.setattr(datasets, 'available_memory', lambda: size / 0.8)
-    train, valid, _ = datasets.open_files(root, False, False, 5)
+    monkeypatch.setattr(image_files, 'available_memory', lambda: size / 0.8)
+    train, valid, _ = image_files.open_files(root, False, False, 5)
     assert train.buffer is None and valid.buffer is not None
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and 'train: 0.0 GiB do not fit into the 0.0 GiB of memory that are free; reading lazily' in lines[0]
@@ -348,16 +351,16 @@ def test_a_set_that_does_not_fit_into_the_memory_is_read_lazily(root, monkeypatc
 
 def test_several_processes_of_a_machine_share_its_memory(root, monkeypatch):
     size = sum(path.stat().st_size for path in (root / 'train').rglob('*.JPEG'))
-    monkeypatch.setattr(datasets, 'available_memory', lambda: 3 * size)
+    monkeypatch.setattr(image_files, 'available_memory', lambda: 3 * size)
     for processes, held in ((2, True), (4, False)):
-        train, *_ = datasets.open_files(root, False, False, 5, processes, show=False)
+        train, *_ = image_files.open_files(root, False, False, 5, processes, show=False)
         assert (train.buffer is not None) == held
 
 
 def test_files_in_memory_are_not_read_again(root, tmp_path, expected):
     for part in ('train', 'valid'):
         (tmp_path / part).symlink_to(root / part)
-    files, *_ = datasets.open_files(tmp_path, False, False, 5, show=False)
+    files, *_ = image_files.open_files(tmp_path, False, False, 5, show=False)
     for part in ('train', 'valid'):
         (tmp_path / part).unlink()
     assert files.buffer.dtype == torch.uint8 and files.buffer.dim() == 1
@@ -366,20 +369,18 @@ def test_files_in_memory_are_not_read_again(root, tmp_path, expected):
 
 
 def test_the_available_memory_is_what_the_system_says():
-    free = datasets.available_memory()
+    free = image_files.available_memory()
     total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     assert 0 < free <= total or math.isinf(free)
 
 
-@pytest.mark.parametrize('limit, wanted', [('3000000', 3000000 - 2500000 + 2000000), ('max', 9000 * 1024), (None, 9000 * 1024)])
-def test_a_containers_limit_counts_but_not_files_that_were_read_before(limit, wanted, tmp_path, monkeypatch):
+@pytest.mark.parametrize('limit, wanted', [('3000000', 3000000), ('max', 9000 * 1024), (None, 9000 * 1024)])
+def test_a_containers_limit_counts(limit, wanted, tmp_path, monkeypatch):
     (tmp_path / 'meminfo').write_text('MemTotal:       10000 kB\nMemAvailable:    9000 kB\n')
     if limit:
         (tmp_path / 'memory.max').write_text(f'{limit}\n')
-        (tmp_path / 'memory.current').write_text('2500000\n')
-        (tmp_path / 'memory.stat').write_text('anon 400000\ninactive_file 2000000\nactive_file 100000\n')
-    monkeypatch.setattr(datasets, 'Path', lambda path: tmp_path / ('meminfo' if 'meminfo' in path else ''))
-    assert datasets.available_memory() == wanted
+    monkeypatch.setattr(image_files, 'Path', lambda path: tmp_path / Path(path).name)
+    assert image_files.available_memory() == wanted
 
 
 def memory_of(pid):
@@ -392,7 +393,7 @@ def memory_of(pid):
 def hold_and_report(root, workers, pipe):
     """In a process of its own: hold 200 MB, read two epochs, report the memory of this process and of its workers."""
     torch.set_num_threads(1)
-    files, *_ = datasets.open_files(root, False, False, 0, show=False)
+    files, *_ = image_files.open_files(root, False, False, 0, show=False)
     batches = FileBatches(files, 10, CPU, workers, generator=torch.Generator())
     for _ in range(2):
         for _ in batches:
@@ -450,15 +451,6 @@ def test_the_processes_together_see_every_image_once(count, batch_size, world, m
     assert sorted(flat) == list(range(count))
 
 
-def test_a_training_set_smaller_than_the_processes_need_counts_right(monkeypatch):
-    """Three images, two processes: one of them has a lone image, shown twice and counted once."""
-    files = numbered(3, monkeypatch)
-    parts = [next(iter(FileBatches(files, 8, CPU, 0, generator=torch.Generator().manual_seed(1), rank=rank, world=2)))
-             for rank in (0, 1)]
-    assert sorted({number for images, *_ in parts for number in numbers(images)}) == [0, 1, 2]
-    assert [weight for *_, weight in parts] == pytest.approx([2 / 3, 4 / 3])
-
-
 @pytest.mark.parametrize('batch_size, world, good', [(4, 2, True), (5, 3, False), (1, 1, False), (2, 1, True)])
 def test_a_batch_must_hold_two_images_for_each_process(batch_size, world, good, monkeypatch):
     files = numbered(9, monkeypatch)
@@ -469,7 +461,7 @@ def test_a_batch_must_hold_two_images_for_each_process(batch_size, world, good, 
         if good:
             make()
         else:
-            with pytest.raises(DataError, match=f'a batch of {batch_size} .* for {world} process.* at least {2 * world}'):
+            with pytest.raises(UserError, match=f'a batch of {batch_size} .* for {world} process.* at least {2 * world}'):
                 make()
     FileBatches(files, 1, CPU, 0, world=world)  # evaluation may
 
@@ -481,3 +473,12 @@ def test_chosen_images_come_in_the_chosen_order(monkeypatch):
     images, labels = batches.batch(torch.tensor([9, 0, 4]))
     assert numbers(images) == [1, 19, 11] and labels.tolist() == [0, 0, 0]
     assert [numbers(images) for images, _ in batches] == [[19, 17, 15, 13, 11], [9, 7, 5, 3, 1]]
+
+
+def test_the_workers_share_the_cores_of_a_machine(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    for processes, wanted in (('1', cores), (str(cores), 1), (str(4 * cores), 1)):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+        parser = flags.Parser('')
+        image_files.add_flags(parser)
+        assert parser.parse_args([]).workers == wanted

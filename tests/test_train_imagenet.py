@@ -140,7 +140,7 @@ def test_broken_images_are_named_and_a_run_goes_on_or_stops(data, tmp_path):
     warning, line = result.err.splitlines()
     assert warning == f'warning: {path}: is broken or cut off; left out'
     assert 'train: 1 of 50 images cannot be decoded, more than 1%' in line
-    result = run(PROGRAM, *flags, f'--output_dir={tmp_path / "out"}', preamble='import datasets\ndatasets.BROKEN_LIMIT = .02\n')
+    result = run(PROGRAM, *flags, f'--output_dir={tmp_path / "out"}', preamble='import image_files\nimage_files.BROKEN_LIMIT = .02\n')
     assert result.status == 0 and result.err == f'{warning}\n', result
     assert metrics(tmp_path / 'out')[0]['epoch'] == 1
 
@@ -148,7 +148,7 @@ def test_broken_images_are_named_and_a_run_goes_on_or_stops(data, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize('moment, workers', [
-    (('a batch', 5, True), 0), (('a batch', 10, False), 2),
+    (('a batch of files', 5, True), 0), (('a batch of files', 10, False), 2),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in ((('a rename', 2, True), 2), (('a write', 3, True), 0)))])
 def test_a_killed_training_goes_on_and_ends_bit_identical(moment, workers, trained, data, tmp_path):
     """Killed within the first or the second epoch (three steps of training and three of evaluation), or while writing."""

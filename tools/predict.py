@@ -17,6 +17,7 @@ import checkpoint
 import datasets
 import flags
 import hubconf
+import image_files
 import utils
 
 SMALL_TRANSFORM = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32), transforms.PILToTensor()])
@@ -34,7 +35,7 @@ def read_image(path: Path, imagenet: bool, dataset: str) -> Tensor:
         reason = getattr(error, 'strerror', None) or 'not an image'
         raise flags.UserError(f'{path}: cannot be read ({reason})') from None
     if imagenet:
-        transform, statistics = datasets.EVAL_TRANSFORM, (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
+        transform, statistics = image_files.EVAL_TRANSFORM, (image_files.IMAGENET_MEAN, image_files.IMAGENET_STD)
     else:
         transform, source = SMALL_TRANSFORM, datasets.SOURCES[dataset]
         statistics = (source.mean, source.std)
