@@ -7,7 +7,7 @@ the states 0..i+1: states 0 and 1 are the outputs of the two cells before, state
 
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,23 +123,38 @@ def read(arch: str, index: int = 0, nodes: int | None = None) -> Architecture:
     return pool[index]
 
 
-def sample(count: int, nodes: int, operations: range, generator: torch.Generator) -> list[Architecture]:
-    """Draw `count` different random architectures, fewer only if the search space is smaller than that.
+def sample(count: int, nodes: int, operations: range, generator: torch.Generator,
+           known: Collection[Architecture] = ()) -> list[Architecture]:
+    """Draw `count` different random architectures that are not in `known`, fewer only if the search space has no more.
 
     Every input and every operation is uniform over what is legal there (paper, section 4: the initial pool).
     """
     pool: dict[Architecture, None] = {}
+    known = set(known)
     choices = [len(operations) if position % 2 else position // 4 + 2 for position in range(4 * nodes)] * 2
     offsets = torch.tensor([operations.start if position % 2 else 0 for position in range(8 * nodes)])
     space = 1
     for choice in choices:
         space *= choice
-    while len(pool) < min(count, space):
+    while len(pool) < min(count, space - len(known)):
         draws = torch.rand((count, 8 * nodes), generator=generator, dtype=torch.float64)
         for row in ((draws * torch.tensor(choices)).long() + offsets).tolist():
-            if len(pool) < count:
-                pool.setdefault(Architecture(tuple(row[:4 * nodes]), tuple(row[4 * nodes:])))
+            arch = Architecture(tuple(row[:4 * nodes]), tuple(row[4 * nodes:]))
+            if len(pool) < count and arch not in known:
+                pool.setdefault(arch)
     return list(pool)
+
+
+def mutate(arch: Architecture, operations: range, generator: torch.Generator) -> Architecture:
+    """The architecture with one input or one operation of one cell replaced by another legal one, all equally likely."""
+    values = list(arch.normal + arch.reduction)
+    half = len(values) // 2
+    while True:  # a node may have a single operation to choose from
+        position = int(torch.randint(len(values), (), generator=generator))
+        legal = operations if position % 2 else range(position % half // 4 + 2)
+        if others := [value for value in legal if value != values[position]]:
+            values[position] = others[int(torch.randint(len(others), (), generator=generator))]
+            return Architecture(tuple(values[:half]), tuple(values[half:]))
 
 
 class Vocabulary(NamedTuple):

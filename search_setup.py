@@ -31,6 +31,7 @@ from flags import (
 )
 from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet, Supernet
+from proposers import PROPOSERS
 from utils import Run, processes_here
 
 PAPER = controller.PRESETS['paper']
@@ -137,6 +138,8 @@ def parse_args() -> argparse.Namespace:
         choices=METHODS)
     add(parser, 'search_space', 'operations to choose from: small for NAO-WS, large for NAO',
         choices=architecture.SEARCH_SPACES)
+    add(parser, 'proposer', 'who proposes new architectures: the controller, or the baselines random search and regularised '
+        'evolution', 'controller', choices=PROPOSERS)
     add(parser, 'rounds', 'NAO: rounds of new candidates after the first', 3, type=POSITIVE_INT)
     group = parser.add_argument_group('images')
     add(group, 'dataset', 'imagenet: any folder of images in class folders, see --data', 'cifar10',

@@ -30,6 +30,7 @@ import training
 from architecture import Architecture
 from flags import UserError, run_program
 from model_search import score_pool
+from proposers import PROPOSERS, Known
 from search_setup import NETWORK_FLAGS
 from utils import Run
 
@@ -44,7 +45,7 @@ def next_phase(search: 'Search') -> str:
     if search.phase == 'train':
         return 'score' if search.is_scored(search.epoch) else 'train'
     if search.phase in ('score', 'evaluate'):
-        return 'rank' if search.is_over() else 'fit'
+        return 'rank' if search.is_over() else search.after_measuring
     if search.phase == 'fit':
         return 'propose'
     if search.phase == 'propose':
@@ -80,11 +81,13 @@ class Search:
         if not os.path.exists(self.checkpoint):
             self.pool = search_setup.first_pool(args, self.vocabulary.operations, run.generators['search'])
         self.accuracies: list[float] = []  # of the pool when it was measured
+        self.born = list(range(len(self.pool)))  # how many architectures were proposed before each
         self.task = search_setup.open_task(args, run)
         self.settings = search_setup.settings_of(args)
         self.naos = search_setup.build_controllers(args, self.vocabulary, run.device)
         self.share_controllers()
         self.fits = 0  # how often the controllers were fitted
+        self.after_measuring = 'fit' if args.proposer == 'controller' else 'propose'
         self.phase, self.resumed = self.phases[0], None
 
     # The search and its state.
@@ -126,6 +129,7 @@ class Search:
         self.pool = [architecture.parse(line) for line in state['pool']]
         for name in self.fields:
             setattr(self, name, state[name])
+        self.born = state.get('born', list(range(len(self.pool))))
         if self.phase == 'done':
             self.phase = self.reopen(state['args'])
         self.resumed = {name: state[name] for name in ('args', 'random', 'scaler', 'metrics_bytes')}
@@ -134,7 +138,7 @@ class Search:
     def reopen(self, saved: dict[str, Any]) -> str:
         """The phase in which a finished search goes on if the flags ask for more than those `saved` did; else 'done'."""
         if saved.get(self.extent, math.inf) < getattr(self.args, self.extent):
-            return 'fit'
+            return self.after_measuring
         ranked = candidates.read_results(self.run, 'rank')
         return 'done' if all(str(arch) in ranked for arch in self.pool[:self.args.child_rank_count]) else 'rank'
 
@@ -142,7 +146,7 @@ class Search:
         """Write the checkpoint; `more` goes into it."""
         state = {'model': {}, 'optimizer': {}, 'epoch': self.number(), 'step': 0,
                  'controller': [nao.state_dict() for nao in self.naos], 'pool': [str(arch) for arch in self.pool],
-                 'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
+                 'born': self.born, 'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
         self.run.save(state | {name: getattr(self, name) for name in self.fields} | more, *self.checkpoints())
 
     def checkpoints(self) -> list[Path]:
@@ -167,7 +171,7 @@ class Search:
     def sort_pool(self, accuracies: Sequence[float], what: str) -> None:
         """Sort the pool by its accuracies, best first, and write it as arch_pool and arch_pool.NUMBER."""
         order = sorted(range(len(self.pool)), key=lambda index: -accuracies[index])
-        self.pool, self.accuracies = [self.pool[i] for i in order], [accuracies[i] for i in order]
+        self.pool, self.accuracies, self.born = ([values[i] for i in order] for values in (self.pool, accuracies, self.born))
         for suffix in (f'.{self.number()}', ''):
             self.write_pool(suffix, self.pool, self.accuracies)
         mean = sum(accuracies) / len(accuracies)
@@ -177,9 +181,12 @@ class Search:
     def shared_cost(self, step: float, count: int) -> list[search_cost.Part]:
         """The cost of the phases below: fits, and a ranking of the best of `count`, whose steps take `step` seconds."""
         recipe = search_setup.rank_recipe(self.args, self.task)
-        tokens = self.vocabulary.tokens(self.pool[:self.settings.batch_size], self.run.device)
-        return [search_cost.ranking(self.run, recipe, step, min(self.args.child_rank_count, count)),
-                search_cost.fits(self.run, self.naos[0], tokens, self.settings, self.fitted(), self.args.controller_expand)]
+        parts = [search_cost.ranking(self.run, recipe, step, min(self.args.child_rank_count, count))]
+        if self.after_measuring == 'fit':
+            tokens = self.vocabulary.tokens(self.pool[:self.settings.batch_size], self.run.device)
+            parts.append(search_cost.fits(self.run, self.naos[0], tokens, self.settings, self.fitted(),
+                                          self.args.controller_expand))
+        return parts
 
     # The phases that both methods share.
 
@@ -210,13 +217,19 @@ class Search:
         self.run.write_metrics(kind='controller', search_epoch=self.number(), **values)
 
     def propose(self) -> None:
-        """Let the controllers write architectures that are not in the pool, and take them in (paper, section 3.4)."""
-        count, known = self.wanted(), self.vocabulary.tokens(self.pool, self.run.device)
-        new, per_lambda = self.run.together(lambda: controller.propose(
-            self.naos, known[:self.settings.top], known.tolist(), count, self.settings))
-        self.run.log(f'{len(new)} new architectures; written per λ: {per_lambda}')
-        self.run.write_metrics(kind='new', epoch=self.number(), new=len(new), per_lambda=per_lambda)
-        self.replace([self.vocabulary.decode(tokens) for tokens in new])
+        """Ask the proposer for architectures that are not in the pool, and take them in (paper, section 3.4)."""
+        generator, proposer = self.run.generators['search'], PROPOSERS[self.args.proposer]
+        known = Known(self.pool, self.accuracies, self.born, self.vocabulary, generator, self.naos, self.settings)
+
+        def ask() -> tuple:
+            new, notes = proposer(known, self.wanted())
+            return [str(arch) for arch in new], notes, generator.get_state()
+        lines, notes, state = self.run.together(ask)  # equal in all processes, down to the last rounding
+        generator.set_state(state)
+        self.run.log(f'{len(lines)} new architectures' + ''.join(f'; {what}: {value}' for what, value in notes.items()))
+        self.run.write_metrics(kind='new', epoch=self.number(), new=len(lines), per_lambda=notes.get('written per λ', {}))
+        self.replace([architecture.parse(line) for line in lines])
+        self.born += range(max(self.born) + 1, max(self.born) + 1 + len(self.pool) - len(self.born))
         self.write_pool('', self.pool)
 
     def rank(self) -> None:
@@ -290,7 +303,8 @@ class WeightSharingSearch(Search):
 
     def replace(self, new: list[Architecture]) -> None:
         """Put new architectures in place of the worst."""
-        self.pool = self.pool[:len(self.pool) - len(new)] + new
+        kept = len(self.pool) - len(new)
+        self.pool, self.born = self.pool[:kept] + new, self.born[:kept]
 
     def search(self) -> None:
         """Do phase after phase to the end."""

@@ -317,6 +317,18 @@ candidates.train_candidate = fail
     assert results(tmp_path) == {}
 
 
+@pytest.mark.parametrize('proposer', ['random', 'evolution'])
+def test_a_baseline_proposes_and_goes_on_after_a_kill(proposer, few, tmp_path):
+    command = [PROGRAM, *FLAGS, '--child_epochs=1', f'--proposer={proposer}', '--child_rank_count=0']
+    assert run(*command, f'--output_dir={tmp_path / "killed"}', preamble=few + kill_at('a candidate', 15)).status == -9
+    for name in ('killed', 'whole'):
+        result = run(*command, f'--output_dir={tmp_path / name}', preamble=few)
+        assert result.status == 0 and 'controller epoch' not in result.out, result
+    assert_same_search(tmp_path / 'killed', tmp_path / 'whole')
+    assert [line['kind'] for line in metrics(tmp_path / 'whole')] == ['score', 'new', 'score', 'new', 'score']
+    assert len(lines(tmp_path / 'whole', 'arch_pool')) == 12 + 2 * 5
+
+
 def test_a_candidate_that_a_pool_file_has_twice_is_trained_once(few, tmp_path):
     (tmp_path / 'pool').write_text('0 7 1 15 0 6 1 7\n0 5 1 5 0 9 0 11\n0 7 1 15 0 6 1 7\n')
     result = run(PROGRAM, *FLAGS, '--rounds=1', '--child_rank_count=1', '--child_epochs=1', '--child_arch_pool=../pool',

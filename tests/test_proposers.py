@@ -1,0 +1,60 @@
+"""Who proposes new architectures: legal, new, and as the baselines' descriptions say."""
+
+import pytest
+import torch
+from helpers import architectures
+from hypothesis import given
+from hypothesis import strategies as st
+
+from architecture import Vocabulary, mutate, parse, sample
+from controller import NAO, Settings
+from proposers import POPULATION, PROPOSERS, Known
+
+
+def known(count, nodes, operations, seed, generator):
+    words = Vocabulary(nodes, operations)
+    pool = sample(count, nodes, operations, torch.Generator().manual_seed(seed))
+    naos = [NAO(words.allowed_tokens, words.size, 4 * nodes, encoder_hidden_size=8, decoder_hidden_size=8, encoder_emb_size=4)]
+    return Known(pool, [1 - index / len(pool) for index in range(len(pool))], list(range(len(pool))), words, generator, naos,
+                 Settings(lambdas=(1, 10)))
+
+
+@pytest.mark.parametrize('proposer', PROPOSERS)
+@given(nodes=st.integers(1, 3), operations=st.sampled_from([range(5), range(5, 16), range(2)]), seed=st.integers(0, 99),
+       count=st.integers(1, 30))
+def test_proposals_are_new_distinct_legal_and_no_more_than_asked(proposer, nodes, operations, seed, count):
+    given_to = known(20, nodes, operations, seed, torch.Generator().manual_seed(seed))
+    new, _ = PROPOSERS[proposer](given_to, count)
+    assert len(new) <= count and len({*new, *given_to.pool}) == len(new) + len(given_to.pool)
+    for arch in new:
+        assert parse(str(arch), nodes, operations) == arch
+    if proposer != 'controller' and (nodes, operations) != (1, range(2)):
+        assert len(new) == count
+
+
+@pytest.mark.parametrize('proposer', ['random', 'evolution'])
+def test_a_space_that_has_no_more_is_used_up(proposer):
+    given_to = known(250, 1, range(2), 0, torch.Generator().manual_seed(0))
+    assert len(given_to.pool) == 250  # of 2^8 = 256
+    new, _ = PROPOSERS[proposer](given_to, 20)
+    assert len({*new, *given_to.pool}) == 256
+
+
+@given(architectures(), st.integers(0, 999))
+def test_a_mutation_changes_one_integer(arch, seed):
+    child = mutate(arch, range(16), torch.Generator().manual_seed(seed))
+    pairs = zip(arch.normal + arch.reduction, child.normal + child.reduction, strict=True)
+    assert sum(one != other for one, other in pairs) == 1 and parse(str(child)) == child
+
+
+def test_children_come_from_the_newest():
+    """The oldest architecture is the best by far, but is too old to be a parent."""
+    given_to = known(POPULATION + 10, 4, range(5), 1, torch.Generator().manual_seed(1))
+    given_to = given_to._replace(born=list(range(len(given_to.pool))))  # the best ten are the oldest
+    children, _ = PROPOSERS['evolution'](given_to, 60)
+
+    def distance(one, other):
+        return sum(a != b for a, b in zip(one.normal + one.reduction, other.normal + other.reduction, strict=True))
+    parents = [min(range(len(given_to.pool)), key=lambda index: distance(given_to.pool[index], child)) for child in children]
+    assert min(parents) >= 10
+    assert sum(parents) / len(parents) < 25  # the best of a sample of ten: far above the mean of the newest, 35
