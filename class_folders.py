@@ -1,45 +1,132 @@
-"""Images in class folders, or in a zip of them: which there are, and of which class each is."""
+"""Images in class folders, or in a zip of them: which there are, of which class each is, and its pixels."""
 
+import contextlib
+import io
+import itertools
 import os
 import struct
+import sys
 import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch import Tensor
 
 from flags import UserError
 
+BROKEN_LIMIT = 0.01  # the share of a set's images that may be unreadable
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile,
-              Image.DecompressionBombError)  # what Pillow and zipfile raise for broken files
+              Image.DecompressionBombError)  # what Pillow, torchvision and zipfile raise for broken files
 
 
-def find_images(root: Path, part: str, zipped: bool) -> tuple[Path, list[tuple[str, str]]]:
-    """The folder or zip of 'train' or 'valid' (also named val), and its images as sorted (name in it, class) pairs.
+def _walk(folder: str, prefix: str = '', above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """The files below a folder, by their names in it; not those behind links that lead back up, nor pipes and the like."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path, f'{prefix}{entry.name}/', (*above, here))
+            elif entry.is_file() or not os.path.exists(entry.path):  # a link to nothing counts as a broken image
+                yield prefix + entry.name
 
-    An image's class is the folder that it lies in. Raises UserError.
+
+def _in_zip(place: Path) -> list[str]:
+    """The names in a zip. Raises UserError."""
+    try:
+        if not place.is_file():
+            raise OSError('not a file')
+        with zipfile.ZipFile(place) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f'{place}: is not a readable zip file ({error}); copy it anew, or drop --zip_file for folders'
+                        ) from None
+
+
+def find_images(root: Path, parts: Sequence[str], zipped: bool) -> tuple[Path, list[tuple[str, str]]]:
+    """The first folder (or NAME.zip) of `parts` that is there, and its images as sorted (name in it, class) pairs.
+
+    An image's class is the first folder that it lies in, as torchvision's ImageFolder has it; in a zip the first below the
+    folders that all its images share. Raises UserError.
     """
-    names = ('valid', 'val') if part == 'valid' else (part,)
-    places = [root / (f'{name}.zip' if zipped else name) for name in names]
+    places = [root / (f'{part}.zip' if zipped else part) for part in parts]
     place = next((place for place in places if os.path.exists(place)), None)
     if place is None:
         kind = 'a zip' if zipped else 'a folder'
         raise UserError(f'--data={root}: there is no {" or ".join(place.name for place in places)}; {kind} of images in '
                         'class folders is needed there')
-    if zipped:
-        try:
-            with zipfile.ZipFile(place) as archive:
-                files = archive.namelist()
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f'{place}: is not a readable zip file ({error}); copy it anew, or drop --zip_file for folders'
-                            ) from None
-    else:
-        files = [os.path.relpath(os.path.join(folder, name), place)
-                 for folder, _, found in os.walk(place, followlinks=True) for name in found]
-    images = sorted((name, Path(name).parent.name) for name in files
-                    if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and Path(name).parent.name
-                    and not any(folder.startswith(('.', '__MACOSX')) for folder in Path(name).parts))  # what systems add
+    try:
+        names = _in_zip(place) if zipped else list(_walk(str(place)))
+    except OSError as error:
+        raise UserError(f'{error.filename or place}: cannot be read ({error.strerror})') from None
+    found = [(name, name.split('/')[:-1]) for name in names if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
+             and not any(part.startswith(('.', '__MACOSX')) for part in name.split('/'))]  # what systems add
+    levels = zip(*(folders for _, folders in found), strict=False) if zipped else ()
+    shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+    if all(len(folders) == shared for _, folders in found):  # all of one class
+        shared = max(0, shared - 1)
+    images = sorted((name, folders[shared]) for name, folders in found if len(folders) > shared)
     if not images:
         raise UserError(f'{place}: has no images in class folders, such as n01440764/name.JPEG')
     return place, images
+
+
+def label(place: Path, images: list[tuple[str, str]], classes: list[str], show: bool) -> list[int]:
+    """The labels of `find_images`' images: what places their classes have among the training images' `classes`.
+
+    Raises UserError for a class that is not among them; one of them that has no image gets a warning, if `show`.
+    """
+    index_of = {name: index for index, name in enumerate(classes)}
+    there = {name for _, name in images}
+    unknown, absent = sorted(there - index_of.keys()), sorted(index_of.keys() - there)
+    if unknown:
+        raise UserError(f'{place}: the class {unknown[0]} is not among those of the training images'
+                        + (f', nor are {len(unknown) - 1} more' if unknown[1:] else ''))
+    if absent and show:
+        print(f'warning: {place}: has no image of the class {absent[0]}'
+              + (f', nor of {len(absent) - 1} more' if absent[1:] else ''), file=sys.stderr, flush=True)
+    return [index_of[name] for _, name in images]
+
+
+def decode(data: bytes) -> Tensor:
+    """The pixels of an encoded image, (3, h, w) uint8: as Pillow has them in RGB. Raises one of UNREADABLE."""
+    image = Image.open(io.BytesIO(data))
+    if image.format == 'JPEG' and image.mode in ('RGB', 'L'):
+        with contextlib.suppress(RuntimeError, AttributeError):  # a torchvision without it, or broken: Pillow will say
+            pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return torchvision.io.decode_jpeg(pixels, torchvision.io.ImageReadMode.RGB)  # as Pillow, but faster
+    if image.mode.startswith('I'):  # grey of 16 bits, which Pillow would clip
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """An image (3, h, w) uint8 of another size: bilinear, each pixel a mean of all those that it stands for, as Pillow's."""
+    if image.shape[1:] == (height, width):
+        return image
+    return F.interpolate(image.unsqueeze(0), (height, width), mode='bilinear', antialias=True)[0]
+
+
+class Broken:
+    """Keeps count of a set's images that cannot be decoded: each gets one warning, too many of them are an error."""
+
+    def __init__(self, place: Path, count: int):
+        self.place, self.count, self.names = place, count, set()
+
+    def add(self, names: list[str]) -> None:
+        """Warn of images that are broken. Raises UserError when more than 1 % are."""
+        for name in names:
+            if name not in self.names:
+                self.names.add(name)
+                print(f'warning: {self.place / name}: is broken or cut off; left out', file=sys.stderr, flush=True)
+        if len(self.names) > BROKEN_LIMIT * self.count:
+            raise UserError(f'{self.place}: {len(self.names)} of {self.count} images cannot be decoded, more than '
+                            f'{BROKEN_LIMIT:.0%}; copy the data anew, or remove them')

@@ -165,10 +165,13 @@ def crop_and_flip(padded: Tensor, chosen: Tensor, size: int, draws: Draws, flip:
 
 
 def cutout(images: Tensor, size: int, draws: Draws) -> Tensor:
-    """Zero a size×size square around the drawn pixel of each image, clipped at the border (arXiv:1708.04552)."""
+    """Zero the square from size // 2 pixels before the drawn one to size // 2 after it, exclusive, clipped at the border.
+
+    arXiv:1708.04552; an odd size zeroes as much as the even one below it, as in the reference.
+    """
     def inside(length: int, centre: Tensor) -> Tensor:
         pixels = torch.arange(length, device=images.device) - centre.unsqueeze(1)
-        return (pixels >= -(size // 2)) & (pixels < size - size // 2)
+        return (pixels >= -(size // 2)) & (pixels < size // 2)
     rows, columns = inside(images.shape[2], draws.hole_y), inside(images.shape[3], draws.hole_x)
     kept = 1 - rows[:, None, :, None].to(images.dtype) * columns[:, None, None, :].to(images.dtype)
     return images * kept  # faster than to fill it where a mask says so

@@ -4,7 +4,6 @@ A batch is (images (batch, 3, 224, 224) float in channels-last layout, labels (b
 """
 
 import copy
-import io
 import itertools
 import math
 import multiprocessing
@@ -13,31 +12,26 @@ import sys
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 
 import flags
-from class_folders import UNREADABLE, find_images
+from augment import Draws, colour_jitter, draw, mirror
+from class_folders import UNREADABLE, Broken, decode, find_images, label, resize
 from datasets import batch_bounds, channels_last, normalise, share_of, training_bounds
 from flags import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
-IMAGE_SIZE = 224  # pixels of a side, after the transforms
-BROKEN_LIMIT = 0.01  # the share of a set's images that may be unreadable
-
-TRAIN_TRANSFORM = transforms.Compose([
-    transforms.RandomResizedCrop(IMAGE_SIZE), transforms.RandomHorizontalFlip(), transforms.ColorJitter(.4, .4, .4, .2),
-    transforms.PILToTensor()])
-EVAL_TRANSFORM = transforms.Compose([
-    transforms.Resize(256), transforms.CenterCrop(IMAGE_SIZE), transforms.PILToTensor()])
+IMAGE_SIZE = 224  # pixels of a side of what a network sees; in evaluation the middle of a short side of 256
+TRAIN, VALID = ('train',), ('valid', 'val')  # what the folders are called
+SEEN = 4  # a long side of more short sides than this is cut before anything is computed
+LOOKED_AT = 8  # images of a set that are decoded at its opening: one of them must be one
 
 
 def add_flags(parser: flags.Parser) -> None:
@@ -61,22 +55,34 @@ def available_memory() -> float:
         return math.inf
 
 
+def centre(image: Tensor, height: int, width: int) -> Tensor:
+    """The middle of an image (3, h, w), as torchvision's CenterCrop."""
+    top, left = (round((whole - part) / 2) for whole, part in zip(image.shape[1:], (height, width), strict=True))
+    return image[:, top:top + height, left:left + width]
+
+
+def middle(image: Tensor) -> Tensor:
+    """What is seen of an image (3, h, w) uint8 in evaluation: its short side resized to 256, the middle 224×224 pixels."""
+    short = min(image.shape[1:])
+    height, width = (min(side, SEEN * short) for side in image.shape[1:])
+    large = 8 * IMAGE_SIZE // 7
+    resized = resize(centre(image, height, width), large * height // short, large * width // short)
+    return centre(resized, IMAGE_SIZE, IMAGE_SIZE)
+
+
 class ImageFiles(torch.utils.data.Dataset):
     """Images of class folders or of a zip, read when asked for, or held in memory as one buffer of encoded files.
 
-    An item is asked for by (epoch, index) and is (image (3, 224, 224) uint8, label), or the image's name if it cannot be
-    decoded. Random transforms follow from (seed, epoch, index) alone: not from who reads the image, or when.
+    An item is asked for by (epoch, index) and is (image (3, 224, 224) uint8, label, draws of its augmentation or None), or
+    the image's name if it cannot be decoded. The draws follow from (seed, epoch, index) alone: not from who reads the
+    image, or when.
     """
 
-    def __init__(self, place: Path, images: list[tuple[str, str]], classes: list[str], transform: Callable, seed: int):
-        index_of = {name: index for index, name in enumerate(classes)}
-        unknown = sorted({name for _, name in images} - index_of.keys())
-        if unknown:
-            raise UserError(f'{place}: the class {unknown[0]} is not among those of the training images'
-                            + (f', nor are {len(unknown) - 1} more' if unknown[1:] else ''))
-        self.place, self.names = place, [name for name, _ in images]
-        self.labels = [index_of[name] for _, name in images]
-        self.transform, self.seed = transform, seed
+    def __init__(self, place: Path, images: list[tuple[str, str]], classes: list[str], seed: int, trains: bool,
+                 show: bool = False):
+        self.place, self.names, self.classes = place, [name for name, _ in images], classes
+        self.labels = label(place, images, classes, show)
+        self.seed, self.trains = seed, trains
         self.buffer, self.offsets = None, None
         self.archives: dict[int, zipfile.ZipFile] = {}  # process and thread -> its own open zip
 
@@ -84,9 +90,9 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.names)
 
     def evaluated(self) -> 'ImageFiles':
-        """The same images (and the same memory) with the transform of evaluation."""
+        """The same images (and the same memory) as evaluation sees them."""
         other = copy.copy(self)
-        other.transform, other.archives = EVAL_TRANSFORM, {}
+        other.trains, other.archives = False, {}
         return other
 
     def __getstate__(self) -> dict:
@@ -143,21 +149,29 @@ class ImageFiles(torch.utils.data.Dataset):
         self.archives.clear()
         self.buffer, self.offsets = buffer, offsets.tolist()
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
+    def check(self) -> None:
+        """Raise UserError if there is nothing that can be decoded among some of the images."""
+        looked_at = range(0, len(self), math.ceil(len(self) / LOOKED_AT))
+        if not any(isinstance(self.evaluated()[0, index], tuple) for index in looked_at):
+            raise UserError(f'{self.place}: images cannot be decoded, {self.names[0]} for one; copy the data anew')
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, Draws | None] | str:
         epoch, index = key
         try:
-            image = Image.open(io.BytesIO(self.read(index))).convert('RGB')
+            image = decode(self.read(index))
         except UNREADABLE:
-            return f'{self.place / self.names[index]}'
-        if self.transform is EVAL_TRANSFORM:
-            return self.transform(image), self.labels[index]
+            return self.names[index]
+        if not self.trains:
+            return middle(image), self.labels[index], None
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(zlib.crc32(f'{self.seed} {epoch} {index}'.encode()))  # no GPU's
-            return self.transform(image), self.labels[index]
+            draws = draw(image)
+        top, left, height, width = draws.box
+        return resize(image[:, top:top + height, left:left + width], IMAGE_SIZE, IMAGE_SIZE), self.labels[index], draws
 
 
-def collate(items: list[tuple[Tensor, int] | str], full: bool) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (batch, 3, h, w) uint8 and labels (batch,) of what could be decoded, and the names of the rest.
+def collate(items: list[tuple[Tensor, int, Draws | None] | str], full: bool) -> tuple[Tensor, Tensor, list[Tensor], list[str]]:
+    """Images (batch, 3, h, w) uint8, labels (batch,) and draws (see `augment`) of what could be decoded; names of the rest.
 
     full: good images of the batch take the places of broken ones, so that training's batches keep their size.
     """
@@ -165,24 +179,26 @@ def collate(items: list[tuple[Tensor, int] | str], full: bool) -> tuple[Tensor, 
     broken = [item for item in items if isinstance(item, str)]
     if full:
         good = (good * len(items))[:len(items)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    return images, torch.tensor([label for _, label in good]), broken
+    if not good:
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.long), [], broken
+    images, labels, draws = zip(*good, strict=True)
+    stacked = [] if draws[0] is None else [torch.stack(values) for values in list(zip(*draws, strict=True))[1:]]
+    return torch.stack(images), torch.tensor(labels), stacked, broken
 
 
 class FileBatches:
-    """Batches of an ImageFiles, decoded and transformed by worker processes, normalised on the device.
+    """Batches of an ImageFiles, decoded, cropped and resized by worker processes, augmented and normalised on the device.
 
     Shuffled when it has a generator (then it yields (images, labels, weight) as TrainBatches does), else in order (then
     (images, labels)). An image that cannot be decoded is named in one warning and left out; UserError if more than 1 % are.
     """
 
-    size = IMAGE_SIZE
-
     def __init__(self, files: ImageFiles, batch_size: int, device: torch.device, workers: int,
                  indices: Sequence[int] | None = None, generator: torch.Generator | None = None, rank: int = 0, world: int = 1):
         self.files, self.device, self.generator, self.rank, self.world = files, device, generator, rank, world
-        self.indices, self.broken = torch.arange(len(files)) if indices is None else torch.as_tensor(indices), set()
-        self.count = len(self.indices)
+        self.indices = torch.arange(len(files)) if indices is None else torch.as_tensor(indices)
+        self.count, self.size, self.classes = len(self.indices), IMAGE_SIZE, files.classes
+        self.broken = Broken(files.place, self.count)
         self.bounds = training_bounds(self.count, batch_size, world) if generator else batch_bounds(self.count, batch_size)
         self.keys: list[list[tuple[int, int]]] = []  # what the loader reads in this epoch, batch by batch
         self.loader = torch.utils.data.DataLoader(
@@ -194,16 +210,13 @@ class FileBatches:
     def __len__(self) -> int:
         return len(self.bounds)
 
-    def to_device(self, images: Tensor, labels: Tensor, broken: list[str]) -> tuple[Tensor, Tensor]:
-        """Normalised images and labels on the device; warns of images that are broken."""
-        for name in broken:
-            if name not in self.broken:
-                self.broken.add(name)
-                print(f'warning: {name}: is broken or cut off; left out', file=sys.stderr, flush=True)
-        if len(self.broken) > BROKEN_LIMIT * self.count:
-            raise UserError(f'{self.files.place}: {len(self.broken)} of {self.count} images cannot be decoded, more than '
-                            f'{BROKEN_LIMIT:.0%}; copy the data anew, or remove them')
+    def to_device(self, images: Tensor, labels: Tensor, draws: list[Tensor], broken: list[str]) -> tuple[Tensor, Tensor]:
+        """Augmented and normalised images, and labels, on the device; warns of images that are broken."""
+        self.broken.add(broken)
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+        if draws:
+            mirrored, factors, order = draws
+            images = colour_jitter(mirror(images, mirrored).float().div_(255), factors, order).mul_(255)
         return channels_last(normalise(images, self.mean, self.std)), labels
 
     def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,14 +250,16 @@ def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, processes:
     """The training and the validation images below `root`, and the names of the classes. Raises UserError.
 
     zipped: read train.zip and valid.zip; lazy: do not hold the files in memory; processes: how many on this machine do;
-    validates: False takes the training images for the validation too, and looks for no others.
+    show: whether to print warnings and progress; validates: False takes the training images for the validation too, and
+    looks for no others.
     """
-    train = find_images(Path(root), 'train', zipped)
+    train = find_images(Path(root), TRAIN, zipped)
     classes = sorted({name for _, name in train[1]})
-    sets = [ImageFiles(*train, classes, TRAIN_TRANSFORM, seed)]
+    sets = [ImageFiles(*train, classes, seed, trains=True)]
     if validates:
-        sets.append(ImageFiles(*find_images(Path(root), 'valid', zipped), classes, EVAL_TRANSFORM, seed))
+        sets.append(ImageFiles(*find_images(Path(root), VALID, zipped), classes, seed, trains=False, show=show))
     for files in sets:
+        files.check()
         if not lazy:
             files.hold(processes, show)
     return sets[0], sets[1] if validates else sets[0].evaluated(), classes

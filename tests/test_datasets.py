@@ -110,7 +110,7 @@ def literal_cutout(images, size, centres):
     images = images.clone()
     for image, (row, column) in zip(images, centres, strict=True):
         top, left = row - size // 2, column - size // 2
-        image[:, max(0, top):max(0, top + size), max(0, left):max(0, left + size)] = 0
+        image[:, max(0, top):max(0, row + size // 2), max(0, left):max(0, column + size // 2)] = 0
     return images
 
 
@@ -136,10 +136,11 @@ def test_cutout_zeroes_a_square_around_a_uniform_pixel(size, generator):
 
 
 @pytest.mark.parametrize('size', [1, 3, 5])
-def test_a_cutout_of_odd_size_is_a_square_of_that_size(size, generator):
+def test_a_cutout_of_odd_size_is_as_the_references(size, generator):
+    """From centre - size // 2 to centre + size // 2, exclusive."""
     holes = datasets.cutout(torch.ones(200, 1, 20, 20), size, draw_holes(200, 20, 20, generator)) == 0
     sides = torch.stack([holes.any(3).sum(2), holes.any(2).sum(2)])
-    assert int(sides.max()) == size
+    assert int(sides.max()) == 2 * (size // 2)
     assert torch.equal(holes.sum((1, 2, 3)), sides.prod(0).flatten())
 
 

@@ -141,7 +141,7 @@ def test_broken_images_are_named_and_a_run_goes_on_or_stops(data, tmp_path):
     assert warning == f'warning: {path}: is broken or cut off; left out'
     assert 'train: 1 of 50 images cannot be decoded, more than 1%' in line
     result = run(PROGRAM, *flags, f'--output_dir={tmp_path / "out"}',
-                 preamble='import image_files\nimage_files.BROKEN_LIMIT = .02\n')
+                 preamble='import class_folders\nclass_folders.BROKEN_LIMIT = .02\n')
     assert result.status == 0 and result.err == f'{warning}\n', result
     assert metrics(tmp_path / 'out')[0]['epoch'] == 1
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import runs  # noqa: F401 - it puts the project's modules on the path
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
 import checkpoint
+import class_folders
 import datasets
 import flags
 import hubconf
 import image_files
 import utils
 
-SMALL_TRANSFORM = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32), transforms.PILToTensor()])
+SMALL_TRANSFORM = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])
 CLASS_NAMES = {
     'cifar10': ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'],
     'digits': [str(digit) for digit in range(10)],
@@ -30,12 +30,14 @@ CLASS_NAMES = {
 def read_image(path: Path, imagenet: bool, dataset: str) -> Tensor:
     """An image file as a batch (1, 3, size, size), scaled, cropped and normalised as in testing. Raises UserError."""
     try:
-        image = Image.open(path).convert('RGB')
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if path.exists() and not path.is_file():
+            raise OSError('a pipe or the like')
+        image = class_folders.decode(path.read_bytes())
+    except class_folders.UNREADABLE as error:
         reason = getattr(error, 'strerror', None) or 'not an image'
         raise flags.UserError(f'{path}: cannot be read ({reason})') from None
     if imagenet:
-        transform, statistics = image_files.EVAL_TRANSFORM, (image_files.IMAGENET_MEAN, image_files.IMAGENET_STD)
+        transform, statistics = image_files.middle, (image_files.IMAGENET_MEAN, image_files.IMAGENET_STD)
     else:
         transform, source = SMALL_TRANSFORM, datasets.SOURCES[dataset]
         statistics = (source.mean, source.std)
