@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -436,3 +436,33 @@ def seconds_of(run: Run, function: Callable[[], Any]) -> float:
                 torch.cuda.synchronize(run.device)
             seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
+
+
+@cache  # each warning once, however often a file is read
+def warn_of_damage(path: Path, lines: str) -> None:
+    """Warn that lines of a file are no records."""
+    print(f'warning: {path}, {lines}: no record of a run (damaged?); counts as not there', file=sys.stderr, flush=True)
+
+
+def read_records(path: Path, needed: dict[str, dict[str, type | tuple[type, ...]]]) -> list[dict[str, Any]]:
+    """The records of a file: JSON objects, one a line, with the name of a kind as 'kind'.
+
+    needed: the fields, and their types, that records of a kind must have; of a kind that it lacks none. Lines that are no such
+    records are named in one warning and count as not there; a last one without a line break, which may be being written,
+    counts as not there in silence. Raises OSError.
+    """
+    records, damaged = [], []
+    lines = Path(path).read_bytes().split(b'\n')
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            fields = {'kind': str} | needed.get(record['kind'], {})
+            if not all(isinstance(record[name], kind) for name, kind in fields.items()):
+                raise TypeError
+            records.append(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if line and number < len(lines):
+                damaged.append(str(number))
+    if damaged:
+        warn_of_damage(path, f'line{"s" * (len(damaged) > 1)} {", ".join(damaged)}')
+    return records
