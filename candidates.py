@@ -5,9 +5,7 @@ training is done twice. All draws of a training follow from --seed and its archi
 interruptions make no difference to its accuracy.
 """
 
-import contextlib
 import json
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +17,8 @@ import torch
 import checkpoint
 import training
 from architecture import Architecture
+from disk import append_line, read_records
+from flags import Stopped, known_end
 from model import FixedNetwork
 from training import NotFiniteError
 from utils import Run
@@ -34,28 +34,18 @@ class Recipe(NamedTuple):
     l2_reg: float
     flags: str  # those that decide a network's parameters, for messages
     options: dict[str, Any]  # of training.train
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a file and see it to the disk; it stays apart from a last line that was cut off."""
-    with open(path, 'ab+') as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        cut_off = file.read() not in (b'', b'\n')
-        file.write(('\n' * cut_off + line + '\n').encode())
-        file.flush()
-        os.fsync(file.fileno())
+    max_steps: int | None = None  # of an epoch
+    steps: int | None = None  # that drop path's schedule counts; None: those of the training
+    best_epoch: bool = False  # judged by the best epoch, not by the last one
 
 
 def read_results(run: Run, kind: str) -> dict[str, float]:
     """Architecture -> accuracy, 0-1, of all trainings of a kind that any process has finished; all call it together."""
     mine = {}
     for path in sorted(run.output_dir.glob('results.*.jsonl')):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was killed
-                result = json.loads(line)
-                if result['kind'] == kind:
-                    mine[result['arch']] = result['accuracy']
+        for result in read_records(path, {kind: {'arch': str, 'accuracy': (int, float)}}):
+            if result['kind'] == kind:
+                mine[result['arch']] = result['accuracy']
     return {arch: accuracy for part in run.gather(mine) for arch, accuracy in part.items()}
 
 
@@ -72,44 +62,54 @@ def train_candidate(run: Run, recipe: Recipe, arch: Architecture, title: str = '
     path, epochs = checkpoint_of(run, recipe.kind, str(arch)), recipe.options['epochs']
     run.reseed(recipe.kind, str(arch))
     train_batches, valid_batches = recipe.train_batches(run), recipe.valid_batches(run)
-    steps = epochs * training.steps_of(train_batches, recipe.options.get('max_steps'))
-    network = run.place(recipe.build(arch, steps))
-    optimizer, state = training.sgd(run, network, recipe.l2_reg), None
-    if os.path.exists(path):
+    network = run.place(recipe.build(arch, recipe.steps or epochs * training.steps_of(train_batches, recipe.max_steps)))
+    optimizer, done, accuracies = training.sgd(run, network, recipe.l2_reg), 0, []
+    if path.exists():
         state = checkpoint.load(path)
+        checkpoint.require(state, {'epoch': int, 'optimizer': dict, 'random': list}, path)
         checkpoint.fill_model(network, state['model'], path, recipe.flags)
         checkpoint.fill_optimizer(optimizer, state['optimizer'], path)
-    values = None
-    for epoch in training.train(run, network, optimizer, train_batches, valid_batches, title=title, split='valid', state=state,
-                                **recipe.options):
-        values = epoch.test
+        done, accuracies = state['epoch'], state.get('accuracies', [])
+        run.resume(state, f'epoch {done}')
+    for epoch in training.train(run, network, optimizer, train_batches, valid_batches, first=done, title=title, split='valid',
+                                max_steps=recipe.max_steps, **recipe.options):
+        accuracies.append(epoch.test['top1'])
         if epoch.done < epochs:
             run.save({'model': network.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch.done,
-                      'step': epoch.step}, path)
-    if values is None:  # it was resumed with no more epochs than it had done
-        values = training.evaluate(run, network, valid_batches)
-    return values['top1'] / 100
+                      'step': epoch.step, 'accuracies': accuracies}, path)
+    if done >= epochs:  # it was resumed with no more epochs than it had done
+        accuracies.append(training.evaluate(run, network, valid_batches)['top1'])
+    return (max(accuracies) if recipe.best_epoch else accuracies[-1]) / 100
 
 
 def train_all(run: Run, recipe: Recipe, archs: Sequence[Architecture], number: int) -> list[float]:
     """The accuracies of architectures, 0-1; those that have no result yet are trained, by all processes together.
 
-    number: of the round, by which the queue is called. One that fails (out of memory, loss not finite) is logged and counts 0.
+    number: of the round, by which the queue is called. One that is at fault itself (it does not fit into its device's memory,
+    or its loss is not finite) is logged and counts 0; whatever else fails raises flags.Stopped and is recorded nowhere.
     """
     results = read_results(run, recipe.kind)
+    for arch in archs:
+        if str(arch) in results:  # recorded just before its process was killed
+            checkpoint_of(run, recipe.kind, str(arch)).unlink(missing_ok=True)
     todo = [arch for arch in dict.fromkeys(archs) if str(arch) not in results]
+    clock = training.Clock(0, len(todo))
     for index in run.queue(f'{recipe.kind} {number}', len(todo)):
         arch, start, more, alone = todo[index], time.monotonic(), {}, run.alone()
         title = f'{recipe.kind} {len(archs) - len(todo) + index + 1}/{len(archs)} '
         try:
             accuracy = train_candidate(alone, recipe, arch, title)
         except (RuntimeError, NotFiniteError) as error:
-            torch.ones(1, device=run.device).sum().item()  # raises if it is the GPU: no candidate's fault
-            accuracy, more = 0.0, {'error': str(error).partition('\n')[0]}
-            alone.log(f'{title}failed and counts 0: {more["error"]}')
+            reason = str(error).partition('\n')[0]
+            if not isinstance(error, NotFiniteError | torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+                raise Stopped(f'{title}failed: {known_end(error) or reason}; it is not recorded, and the same command tries '
+                              'again') from error
+            accuracy, more = 0.0, {'error': reason}
+            alone.log(f'{title}failed and counts 0: {reason}')
         append_line(run.output_dir / f'results.{run.rank}.jsonl', json.dumps(
             {'kind': recipe.kind, 'arch': str(arch), 'accuracy': accuracy, 'seconds': time.monotonic() - start, **more}))
         checkpoint_of(run, recipe.kind, str(arch)).unlink(missing_ok=True)
+        alone.log(f'{title}accuracy {accuracy:.4f}, all of this round left {clock.left(index + 1)}')
     run.reseed(f'after {recipe.kind}', number)  # who trained what must not matter to what follows
     results = read_results(run, recipe.kind)
     return [results[str(arch)] for arch in archs]

@@ -4,11 +4,9 @@ A checkpoint is a dict with 'args' and 'model' at least; what else a program nee
 """
 
 import argparse
-import contextlib
-import os
 import pickle
 import warnings
-from collections.abc import Iterable
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from disk import write_whole
 from flags import UserError
 
 NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'), np.dtype,
@@ -23,26 +22,17 @@ NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], '
 
 
 def save(state: dict[str, Any], *paths: Path) -> None:
-    """Write a checkpoint to each path: to a temporary file beside it, flushed, renamed.
+    """Write a checkpoint to each path, whole.
 
     Raises UserError when it cannot be written; what stood at the path then still stands there.
     """
     for path in paths:
-        temporary = path.with_name(path.name + '.tmp')
         try:
-            with open(temporary, 'wb') as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            if not isinstance(error, OSError | RuntimeError):  # PyTorch's writer turns a full disk into a RuntimeError
-                raise
+            write_whole(path, lambda file: torch.save(state, file))
+        except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
             reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
-            raise UserError(f'{path} cannot be written ({reason}); the checkpoint before it is intact, '
-                            'make room and run the same command again') from None
+            kept = 'the checkpoint before it is intact, ' if path.exists() else ''
+            raise UserError(f'{path} cannot be written ({reason}); {kept}make room and run the same command again') from None
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -52,6 +42,8 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBER]), warnings.catch_warnings():
             warnings.simplefilter('ignore')
+            if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # which PyTorch does not look at
+                raise RuntimeError(f'the check sum of {damaged} is wrong')
             state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'{path}: there is no such checkpoint; train first, or name one with --checkpoint') from None
@@ -77,10 +69,24 @@ def load_network(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def require(state: dict[str, Any], names: Iterable[str], path: str | Path, advice: str = '') -> None:
-    """Raise UserError if a checkpoint lacks what a run needs to go on from it; advice: what else can be done with it."""
-    if missing := [name for name in names if name not in state]:
-        raise UserError(f'{path}: has no "{missing[0]}", so no run can go on from it; {advice}name another --output_dir')
+def require(state: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], path: str | Path, advice: str = '') -> None:
+    """Raise UserError if a checkpoint lacks what a run needs to go on from it, or has it of another kind.
+
+    advice: what else can be done with it.
+    """
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind) or (kind is int and state[name] < 0):
+            problem = f'has no "{name}"' if name not in state else f'its "{name}" is damaged ({str(state[name])[:40]!r})'
+            raise UserError(f'{path}: {problem}, so no run can go on from it; {advice}name another --output_dir')
+
+
+def same_run(state: dict[str, Any], args: argparse.Namespace, path: str | Path) -> None:
+    """Raise UserError if a checkpoint is of a run that differs in what makes it another one, not the same one changed."""
+    for name in ('seed', 'dataset', 'method', 'search_space', 'proposer'):
+        was, now = state['args'].get(name), getattr(args, name, None)
+        if None not in (was, now) and was != now:
+            raise UserError(f'{path}: is of a run with --{name}={was}, not {now}; give that to go on with it, or name another '
+                            '--output_dir')
 
 
 def architecture_of(state: dict[str, Any]) -> str | None:
@@ -112,17 +118,22 @@ def fill_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path,
 
 
 def fill_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
-    """Load a checkpoint's optimiser, its momentum laid out in memory as the parameters are (the fused step needs that).
+    """Load a checkpoint's momentum, laid out in memory as the parameters are (the fused step needs that).
 
-    Raises UserError if it is not of the same parameters.
+    Learning rate, weight decay and the like stay the new command's. Raises UserError if it is not of the same parameters.
     """
     try:
-        for group in state['param_groups']:
-            group.update({name: value for name, value in optimizer.param_groups[0].items() if name in ('fused', 'foreach')})
+        groups = [group.copy() for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
-    except (AttributeError, KeyError, TypeError, ValueError):
+        for group, options in zip(optimizer.param_groups, groups, strict=True):
+            group.update(options)
+        for parameter in optimizer.param_groups[0]['params']:
+            buffer = torch.zeros_like(parameter)
+            momentum = optimizer.state[parameter].get('momentum_buffer')  # none of a parameter that was never used
+            if momentum is not None:
+                if momentum.shape != parameter.shape:
+                    raise ValueError
+                buffer.copy_(momentum)
+            optimizer.state[parameter]['momentum_buffer'] = buffer
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
         raise UserError(f'{path}: its "optimizer" is not that of its network; name another --output_dir') from None
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter).copy_(value)

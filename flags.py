@@ -26,6 +26,12 @@ class Stopped(Exception):
     """What ends a program though the user made no mistake; the message is one line that says why."""
 
 
+class Flags(argparse.Namespace):
+    """Parsed flags; `changed`, which is no flag itself, names those that differ from their defaults."""
+
+    __slots__ = ('changed',)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose help is a line for each flag.
 
@@ -43,12 +49,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         """Parse the flags; for an unknown one the error suggests the nearest. Raises UserError."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(args, namespace or Flags())
         if unknown:
             if not unknown[0].startswith('-'):
                 self.error(f'what is {unknown[0]!r} for? a value with spaces needs quotes, --FLAG="A B"')
             near = difflib.get_close_matches(unknown[0].split('=')[0], [f'--{name}' for name in vars(parsed)], n=1)
             self.error(f'there is no flag {unknown[0]}' + (f'; did you mean {near[0]}?' if near else ''))
+        parsed.changed = [name for name, value in vars(parsed).items() if value != self.get_default(name)]
         return parsed
 
 
@@ -110,11 +117,27 @@ def rank_prefix() -> str:
     return f'[rank {os.environ.get("RANK", 0)}] ' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
 
 
+KNOWN_ENDS = {  # what PyTorch's errors begin with or hold -> the line in their place
+    'DataLoader worker': 'a process that reads images was killed, perhaps because memory ran out (fewer --workers need less)',
+    'out of memory': 'the memory does not hold the network and a batch; smaller sizes need less',
+    "can't allocate memory": 'the memory does not hold the network and a batch; smaller sizes need less',
+}
+
+
+def known_end(error: RuntimeError) -> str | None:
+    """The line that tells an error of PyTorch to the user, None for what would be a bug."""
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+        return 'another process has ended, which will have said why'
+    return next((line for words, line in KNOWN_ENDS.items() if words in str(error)), None)
+
+
 def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
     """Run a program's main; a user's mistake ends in one line and status 2, Ctrl-C in one line and status 130.
 
     goes_on: whether the program started again goes on from a checkpoint.
     """
+    for stream in (sys.stdout, sys.stderr):  # λ and the names of files may be more than a terminal knows
+        stream.reconfigure(errors='backslashreplace')
     try:
         main()
     except UserError as error:
@@ -125,9 +148,9 @@ def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         status, line = 130, 'interrupted' + '; the same command goes on from the last checkpoint' * goes_on
     except RuntimeError as error:
-        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+        if not (reason := known_end(error)):
             raise
-        status, line = 1, 'stopped: another process has ended, which will have said why'
+        status, line = 1, f'stopped: {reason}' + '; the same command goes on from the last checkpoint' * goes_on
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
@@ -139,5 +162,5 @@ def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
         return
     sys.stdout.flush()
     beginning = '\r\x1b[K' if sys.stderr.isatty() else ''  # over a live line, see utils.LiveLine
-    print(f'{beginning}{rank_prefix()}{Path(sys.argv[0]).name}: {line}', file=sys.stderr, flush=True)
+    print(f'{beginning}{rank_prefix()}{Path(sys.argv[0]).name}: {" ".join(line.split())}', file=sys.stderr, flush=True)
     sys.exit(status)

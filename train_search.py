@@ -53,13 +53,6 @@ def next_phase(search: 'Search') -> str:
     return 'done'
 
 
-def write_lines(path: Path, lines: Sequence) -> None:
-    """Write a pool file in one go: a reader sees the old one or the new one."""
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(''.join(f'{line}\n' for line in lines))
-    temporary.replace(path)
-
-
 class Search:
     """What both methods share: the pool, the controllers that learn from it, new architectures, the final ranking.
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from flags import BATCH, COUNT, KEEP, NOT_NEGATIVE, POSITIVE_INT, Parser, Stoppe
 from model import count_madds, count_parameters
 from utils import LOG_EVERY, Run
 
+NUMBER = (int, float, np.number, Tensor)  # what an accuracy in a checkpoint may be
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
 
 
@@ -182,20 +184,17 @@ class Epoch(NamedTuple):
 
 
 def train(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_batches: Iterable, eval_batches: Iterable, *,
-          epochs: int, lr: Callable[[int], float], title: str = '', split: str = 'test', state: dict[str, Any] | None = None,
+          epochs: int, lr: Callable[[int], float], first: int = 0, title: str = '', split: str = 'test',
           **options: Any) -> Iterator[Epoch]:
-    """Train a network for `epochs`, on from a checkpoint's `state` if given; yield after each of them.
+    """Train a network for `epochs`, of which the `first` ones are done; yield after each of the others.
 
     lr(epoch) is an epoch's learning rate; split: what the log calls the images of eval_batches; `options` go to train_epoch.
     Raises NotFiniteError.
     """
-    parallel = run.parallel(model)
-    first = state['epoch'] if state else 0
-    if state:
-        run.resume(state, f'epoch {first}')
     count = steps_of(train_batches, options.get('max_steps'))
     step = first * count  # in today's steps: those of the checkpoint may have been of another batch size
     clock = Clock(step, epochs * count)
+    parallel = run.parallel(model)
     for epoch in range(first, epochs):
         model.train()
         rate = lr(epoch)
@@ -224,13 +223,18 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     optimizer = sgd(run, model, l2_reg)
     state = run.together(lambda: checkpoint.load_network(path) if os.path.exists(path) else None)
     if state:
-        checkpoint.require(state, ('epoch', 'optimizer', 'best_acc_top1'), path, 'test it by --mode=test --checkpoint, or ')
+        checkpoint.require(state, {'epoch': int, 'optimizer': dict, 'best_acc_top1': NUMBER}, path,
+                           'test it by --mode=test --checkpoint, or ')
+        checkpoint.same_run(state, run.args, path)
         checkpoint.fill_model(model, state['model'], path)
         checkpoint.fill_optimizer(optimizer, state['optimizer'], path)
     run.open_output(anew=state is None)
-    log_start(run, model, eval_batches.size)
+    first = state['epoch'] if state else 0
     best = float(state['best_acc_top1']) if state else -1.0  # a first network that gets nothing right is the best so far
-    for epoch in train(run, model, optimizer, train_batches, eval_batches, state=state, **options):
+    log_start(run, model, eval_batches.size)
+    if state:
+        run.resume(state, f'epoch {first}')
+    for epoch in train(run, model, optimizer, train_batches, eval_batches, first=first, **options):
         is_best, best = epoch.test['top1'] > best, max(best, epoch.test['top1'])
         run.write_metrics(kind='epoch', epoch=epoch.done, step=epoch.step, lr=epoch.lr, train=epoch.train, test=epoch.test,
                           best_acc_top1=best)

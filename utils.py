@@ -5,12 +5,14 @@ generator, whose states are in each checkpoint.
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import inspect
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -18,7 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import checkpoint
+from disk import Lock, append_line, log_to
 from flags import Stopped, UserError
 
 LOG_EVERY = 100  # steps between two log lines
 LIVE_EVERY = 2  # seconds between two looks at a running loss, which wait for the device; only on a terminal
 LIFE_EVERY = 10  # seconds between two signs of life of a process that shares a queue with others
+# What a run leaves that cannot go on, as its checkpoint is gone.
+LEFTOVER = re.compile(r'metrics\.jsonl|results\.\d+\.jsonl|(candidate|rank)-[0-9a-f]{8}\.pt')
 LIFE_LIMIT = 600  # seconds without one after which it is given up, as collective operations do
 
 
@@ -90,16 +95,10 @@ class EvenDataParallel(DataParallel):
 
 
 class LiveLine:
-    """A line of progress under the log, on a terminal; in a file or a pipe it shows nothing and costs nothing.
-
-    Where output goes through `tee`, as the scripts' does, TERMINAL_FD may name a descriptor of the terminal behind it.
-    """
+    """A line of progress under the log, on a terminal; in a file or a pipe it shows nothing and costs nothing."""
 
     def __init__(self, shown: bool):
-        streams = [sys.stderr, sys.stdout]
-        with contextlib.suppress(KeyError, ValueError, OSError):
-            streams.append(open(int(os.environ['TERMINAL_FD']), 'w', closefd=False))  # noqa: SIM115 - as long as we run
-        self.stream = next((stream for stream in streams if stream.isatty()), None) if shown else None
+        self.stream = next((stream for stream in (sys.stderr, sys.stdout) if stream.isatty()), None) if shown else None
         self.next = time.monotonic() + LIVE_EVERY
 
     @property
@@ -160,7 +159,7 @@ class Run:
         self.args, self.start = args, time.monotonic()
         self.device = choose_device(args.device)
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.independent, self.prefix = False, ''
+        self.independent, self.prefix, self.early = False, '', ''
         if self.world > 1:
             self.store, *_ = next(dist.rendezvous('env://'))
             dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10),
@@ -194,10 +193,13 @@ class Run:
         return self.rank == 0
 
     def log(self, message: str) -> None:
-        """Print a line with the time in front."""
+        """Print a line with the time in front; once the output directory is open it goes to train.log too."""
         if self.is_first:
+            line = f'{datetime.now():%Y-%m-%d %H:%M:%S} {self.prefix}{message}'
             self.live.clear()
-            print(f'{datetime.now():%Y-%m-%d %H:%M:%S} {self.prefix}{message}', flush=True)
+            print(line, flush=True)
+            if self.early is not None:
+                self.early += f'{line}\n'
 
     def together(self, function: Callable[[], Any]) -> Any:
         """What the first process's `function` returns, in all of them; its UserError too."""
@@ -294,16 +296,17 @@ class Run:
 
         anew: there is no checkpoint to go on from, so drop what an earlier run left: its metrics, results and candidates.
         """
-        leftovers = ('metrics.jsonl', 'results.*.jsonl', 'candidate-????????.pt', 'rank-????????.pt')
-
         def create() -> None:
             try:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
-                probe = self.output_dir / f'.writable-{self.rank}'
-                probe.touch()
-                probe.unlink(missing_ok=True)
-                for path in (path for name in leftovers if anew for path in self.output_dir.glob(name)):
-                    path.unlink(missing_ok=True)
+                if self.is_first:
+                    atexit.register(Lock(self.output_dir).release)
+                if self.early is not None:
+                    log_to(self.output_dir / 'train.log', self.early)
+                    self.early = None
+                for path in self.output_dir.iterdir():
+                    if anew and LEFTOVER.fullmatch(path.name):
+                        path.unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); '
                                 'name a directory that you may write to') from None
@@ -314,8 +317,7 @@ class Run:
         """Append one JSON object to metrics.jsonl; its `seconds` are those since the program's start."""
         if self.is_first:
             values['seconds'] = round(time.monotonic() - self.start, 1)
-            with open(self.output_dir / 'metrics.jsonl', 'a') as file:
-                file.write(json.dumps(values) + '\n')
+            append_line(self.output_dir / 'metrics.jsonl', json.dumps(values))
             if self.events:
                 self.events.write(values)
 
@@ -339,17 +341,19 @@ class Run:
     def resume(self, state: dict[str, Any], where: str) -> None:
         """Go on as a checkpoint's run: its random generators, and metrics.jsonl as it was then; log from where.
 
-        With more processes than the checkpoint's run had, the new ones seed their own generators anew.
+        With more processes than the checkpoint's run had, or another kind of device, generators are seeded anew.
         """
-        random = state.get('random') or [{}]
-        shared = ('data', 'search')
+        random = state.get('random', [])
         for name, generator in self.generators.items():
-            saved = random[self.rank if self.rank < len(random) and name not in shared else 0].get(name)
-            if self.rank < len(random) or name in shared:
-                if saved is not None:
-                    generator.set_state(saved)
-            else:
-                generator.manual_seed(zlib.crc32(repr((self.args.seed, self.rank, where)).encode()))
+            rank = 0 if name in ('data', 'search') else self.rank
+            try:
+                generator.set_state(random[rank][name])
+            except (IndexError, KeyError):
+                self.reseed_one(name, rank, where)
+            except (RuntimeError, TypeError):
+                self.reseed_one(name, rank, where)
+                self.log(f'the random numbers "{name}" of the checkpoint are of another kind of device: they begin anew, from '
+                         f'--seed and {where}')
         if state.get('scaler') and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
         metrics = self.output_dir / 'metrics.jsonl'
@@ -362,8 +366,12 @@ class Run:
 
     def reseed(self, *seed: Any) -> None:
         """Seed all generators from --seed and the given values, so that what follows depends on nothing before it."""
-        for generator in self.generators.values():
-            generator.manual_seed(zlib.crc32(repr((self.args.seed, *seed)).encode()))
+        for name in self.generators:
+            self.reseed_one(name, *seed)
+
+    def reseed_one(self, name: str, *seed: Any) -> None:
+        """Seed one generator from --seed and the given values."""
+        self.generators[name].manual_seed(zlib.crc32(repr((self.args.seed, *seed)).encode()))
 
     def part_ways(self) -> None:
         """Give each process but the first dropout and drop path of its own; call it once all have the same weights."""
@@ -436,33 +444,3 @@ def seconds_of(run: Run, function: Callable[[], Any]) -> float:
                 torch.cuda.synchronize(run.device)
             seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
-
-
-@cache  # each warning once, however often a file is read
-def warn_of_damage(path: Path, lines: str) -> None:
-    """Warn that lines of a file are no records."""
-    print(f'warning: {path}, {lines}: no record of a run (damaged?); counts as not there', file=sys.stderr, flush=True)
-
-
-def read_records(path: Path, needed: dict[str, dict[str, type | tuple[type, ...]]]) -> list[dict[str, Any]]:
-    """The records of a file: JSON objects, one a line, with the name of a kind as 'kind'.
-
-    needed: the fields, and their types, that records of a kind must have; of a kind that it lacks none. Lines that are no such
-    records are named in one warning and count as not there; a last one without a line break, which may be being written,
-    counts as not there in silence. Raises OSError.
-    """
-    records, damaged = [], []
-    lines = Path(path).read_bytes().split(b'\n')
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            fields = {'kind': str} | needed.get(record['kind'], {})
-            if not all(isinstance(record[name], kind) for name, kind in fields.items()):
-                raise TypeError
-            records.append(record)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            if line and number < len(lines):
-                damaged.append(str(number))
-    if damaged:
-        warn_of_damage(path, f'line{"s" * (len(damaged) > 1)} {", ".join(damaged)}')
-    return records
