@@ -3,12 +3,15 @@
 import contextlib
 import io
 import itertools
+import math
 import os
 import struct
 import sys
+import threading
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -115,18 +118,73 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image.unsqueeze(0), (height, width), mode='bilinear', antialias=True)[0]
 
 
-class Broken:
-    """Keeps count of a set's images that cannot be decoded: each gets one warning, too many of them are an error."""
+class Files:
+    """The encoded files of a folder or of a zip, by their names in it; any process and thread may read."""
 
-    def __init__(self, place: Path, count: int):
-        self.place, self.count, self.names = place, count, set()
+    def __init__(self, place: Path):
+        self.place = place
+        self.archives: dict[int, zipfile.ZipFile] = {}  # process and thread -> its own open zip
+
+    def __getstate__(self) -> dict:
+        return {'place': self.place, 'archives': {}}  # open files do not go to spawned workers
+
+    def read(self, name: str) -> bytes:
+        """A file's content. Raises one of UNREADABLE."""
+        if self.place.suffix != '.zip':
+            return (self.place / name).read_bytes()
+        reader = hash((os.getpid(), threading.get_ident()))
+        if reader not in self.archives:
+            self.archives[reader] = zipfile.ZipFile(self.place)
+        return self.archives[reader].read(name)
+
+    def sizes(self, names: list[str]) -> list[int]:
+        """The bytes of each file."""
+        if self.place.suffix != '.zip':
+            paths = (self.place / name for name in names)
+            return [path.stat().st_size if path.exists() else 0 for path in paths]  # 0: a link to nothing
+        with zipfile.ZipFile(self.place) as archive:
+            return [archive.getinfo(name).file_size for name in names]
+
+
+def for_each(count: int, work: Callable[[int], None], threads: int, title: str, show: bool) -> None:
+    """Do work(index) for all indices, in threads; with a line of progress on stderr if `show`."""
+    done, beginning = itertools.count(1), '\r' if sys.stderr.isatty() else ''  # of a line that grows, or of the last one
+
+    def step(index: int) -> None:
+        work(index)
+        number = next(done)
+        if show and (number == count or (beginning and number % 1000 == 0)):
+            print(f'{beginning}{title}: {number}/{count} files in memory', end='\n' if number == count else '', file=sys.stderr,
+                  flush=True)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(step, range(count)):  # which raises what a step raised
+            pass
+
+
+def available_memory() -> float:
+    """The bytes of memory that can still be taken, a container's limit being one; infinite where the system does not tell."""
+    try:
+        free = next(int(line.split()[1]) * 1024 for line in Path('/proc/meminfo').read_text().splitlines()
+                    if line.startswith('MemAvailable'))
+        limit = Path('/sys/fs/cgroup/memory.max')
+        return min(free, int(limit.read_text())) if limit.exists() and limit.read_text() != 'max\n' else free
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+class Broken:
+    """Keeps count of a set's images that cannot be decoded: each gets one warning (if `show`), too many are an error."""
+
+    def __init__(self, place: Path, count: int, show: bool = True):
+        self.place, self.count, self.show, self.names = place, count, show, set()
 
     def add(self, names: list[str]) -> None:
         """Warn of images that are broken. Raises UserError when more than 1 % are."""
         for name in names:
             if name not in self.names:
                 self.names.add(name)
-                print(f'warning: {self.place / name}: is broken or cut off; left out', file=sys.stderr, flush=True)
+                if self.show:
+                    print(f'warning: {self.place / name}: is broken or cut off; left out', file=sys.stderr, flush=True)
         if len(self.names) > BROKEN_LIMIT * self.count:
             raise UserError(f'{self.place}: {len(self.names)} of {self.count} images cannot be decoded, more than '
                             f'{BROKEN_LIMIT:.0%}; copy the data anew, or remove them')

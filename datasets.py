@@ -1,15 +1,17 @@
 """Small images in, batches out.
 
-CIFAR-10, CIFAR-100 and the embedded digits live whole, as one tensor of packed pixels, on the training device; crop,
-flip, normalise and cutout are batched tensor operations there. A batch is (images (batch, 3, h, w) float in channels-last
-layout, labels (batch,) int64).
+CIFAR-10, CIFAR-100, the embedded digits and folders of small images live whole, as one tensor of packed pixels, on the
+training device; crop, flip, normalise and cutout are batched tensor operations there. A batch is (images (batch, 3, h, w)
+float in channels-last layout, labels (batch,) int64).
 """
 
+import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
+import flags
+from class_folders import UNREADABLE, Broken, Files, available_memory, decode, find_images, for_each, label, resize
 from flags import UserError
 
 CROP_PADDING = 4  # pixels of zeros around an image before a random crop
@@ -32,6 +36,7 @@ class ImageSet:
     mean: Tensor  # (3, 1, 1), of pixels scaled to 0-1
     std: Tensor
     flip: bool  # whether an image's mirror image shows the same thing
+    classes: Sequence[str] = ()  # their names
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,24 +46,63 @@ class ImageSet:
         """Height and width of an image, without the padding."""
         return self.pixels.shape[-1] - 2 * CROP_PADDING
 
-    def select(self, indices: range) -> 'ImageSet':
-        """The images with these consecutive indices, without copying them."""
-        chosen = slice(indices.start, indices.stop)
+    @property
+    def info(self) -> dict[str, Any]:
+        """What test images must have in common with these, in plain values for a checkpoint; see `load`."""
+        return {'classes': list(self.classes), 'size': self.size, 'mean': self.mean.flatten().tolist(),
+                'std': self.std.flatten().tolist()}
+
+    def select(self, indices: 'range | Tensor') -> 'ImageSet':
+        """The images with these indices; a range of them without copying them."""
+        chosen = slice(indices.start, indices.stop) if isinstance(indices, range) else indices.to(self.labels.device)
         return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
 
-
-class Source(NamedTuple):
-    """Where a data set comes from and what its images are like."""
-
-    classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    flip: bool
-    load: Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]  # (root, train) -> uint8 (count, 3, h, w), labels
+    def subset(self, count: int, seed: int) -> 'ImageSet':
+        """`count` of the images, drawn by the seed, as many of each class as it goes. Raises UserError if there are fewer."""
+        return self.select(draw_balanced(self.labels, count, seed))
 
 
-def _load_cifar(dataset: type[torchvision.datasets.CIFAR10]) -> Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]:
-    def load(root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+def draw_balanced(labels: 'Tensor | list[int]', count: int, seed: int) -> Tensor:
+    """Indices (count,) of images drawn by the seed: one of each class, a second of each, and so on while there are any.
+
+    In ascending order. Raises UserError if there are fewer.
+    """
+    labels = torch.as_tensor(labels).cpu()
+    if count > len(labels):
+        raise UserError(f'{count} images cannot be drawn from {len(labels)}')
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = labels[order].argsort(stable=True)
+    sizes = labels.bincount()
+    turn = torch.empty_like(order)  # how many of its class come before an image
+    turn[by_class] = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return order[turn.argsort(stable=True)[:count]].sort().values
+
+
+def shuffled_split(count: int, first: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The indices 0..count-1, shuffled by the seed: the first `first` of them, and the others."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[:first], order[first:]
+
+
+class Folder(NamedTuple):
+    """How a folder of images is read."""
+
+    zipped: bool = False  # train.zip and the like instead of folders
+    size: int = 32  # pixels of a side of the squares that images are resized to
+    classes: list[str] | None = None  # those of the training images
+    show: bool = False  # whether to print warnings and progress
+
+
+class Raw(NamedTuple):
+    """A data set as it is read."""
+
+    images: np.ndarray  # (count, 3, h, w) uint8
+    labels: Sequence[int]
+    classes: list[str]
+
+
+def _load_cifar(dataset: type[torchvision.datasets.CIFAR10]) -> Callable[[Path, bool, Folder], Raw]:
+    def load(root: Path, train: bool, _: Folder) -> Raw:
         missing = [folder for folder in (root / dataset.base_folder, root, *root.parents) if not folder.exists()]
         try:
             with contextlib.suppress(RuntimeError):  # torchvision's word for missing or damaged files
@@ -73,43 +117,103 @@ def _load_cifar(dataset: type[torchvision.datasets.CIFAR10]) -> Callable[[Path, 
                 with contextlib.suppress(OSError):  # it holds something now, or was never made
                     folder.rmdir()
 
-    def read(data: torchvision.datasets.CIFAR10) -> tuple[np.ndarray, np.ndarray]:
-        return data.data.transpose(0, 3, 1, 2), np.asarray(data.targets)
+    def read(data: torchvision.datasets.CIFAR10) -> Raw:
+        return Raw(data.data.transpose(0, 3, 1, 2), data.targets, data.classes)
     return load
 
 
-def _load_digits(root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+def _load_digits(root: Path, train: bool, _: Folder) -> Raw:
     """Every fifth image tests (360), the others train (1,437); 8×8 pixels of 0-16 become 3×32×32 of 0-255."""
     with np.load(DIGITS_FILE) as file:
         images, labels = file['images'], file['labels']
     chosen = (np.arange(len(labels)) % 5 != 0) == train
     small = torch.from_numpy(images[chosen]).float().unsqueeze(1) * (255 / 16)
     large = F.interpolate(small, scale_factor=4, mode='bilinear').round().to(torch.uint8)
-    return large.expand(-1, 3, -1, -1).numpy(), labels[chosen]
+    return Raw(large.expand(-1, 3, -1, -1).numpy(), labels[chosen].tolist(), [str(digit) for digit in range(10)])
+
+
+def _load_folder(root: Path, train: bool, folder: Folder) -> Raw:
+    """Images of class folders or a zip, each resized to a square; what cannot be decoded is named and left out."""
+    if not train and not folder.classes:
+        raise ValueError("a folder's test images are read with the `info` of its training images")
+    place, found = find_images(root, ('train',) if train else ('valid', 'val', 'test'), folder.zipped)
+    classes = folder.classes or sorted({name for _, name in found})
+    labels, files, broken = label(place, found, classes, folder.show), Files(place), {}
+    needed, free = len(found) * (7 * folder.size ** 2 + 4 * (folder.size + 2 * CROP_PADDING) ** 2), available_memory()
+    if needed > free:
+        raise UserError(f'{place}: {len(found)} images of {folder.size}×{folder.size} pixels need {needed / 2**30:.1f} GiB of '
+                        f'memory, of which {free / 2**30:.1f} are free; a smaller --image_size may do')
+    images = np.empty((len(found), 3, folder.size, folder.size), dtype=np.uint8)
+
+    def fill(index: int) -> None:
+        try:
+            images[index] = resize(decode(files.read(found[index][0])), folder.size, folder.size).numpy()
+        except UNREADABLE:
+            broken[index] = found[index][0]
+    for_each(len(found), fill, os.cpu_count(), str(place), folder.show)
+    if broken:
+        Broken(place, len(found), folder.show).add([broken[index] for index in sorted(broken)])
+        kept = [index for index in range(len(found)) if index not in broken]
+        images, labels = images[kept], [labels[index] for index in kept]
+    return Raw(images, labels, classes)
+
+
+class Source(NamedTuple):
+    """Where a data set comes from, and what its images are like."""
+
+    load: Callable[[Path, bool, Folder], Raw]  # (root, train, how to read a folder)
+    flip: bool = True
+    mean: Sequence[float] | None = None  # None: measured
+    std: Sequence[float] | None = None
 
 
 CIFAR_MEAN, CIFAR_STD = (.49139968, .48215827, .44653124), (.24703233, .24348505, .26158768)
 
 SOURCES: dict[str, Source] = {
-    'cifar10': Source(10, CIFAR_MEAN, CIFAR_STD, True, _load_cifar(torchvision.datasets.CIFAR10)),
-    'cifar100': Source(100, CIFAR_MEAN, CIFAR_STD, True, _load_cifar(torchvision.datasets.CIFAR100)),
-    'digits': Source(10, (.305, .305, .305), (.324, .324, .324), False, _load_digits),
+    'cifar10': Source(_load_cifar(torchvision.datasets.CIFAR10), True, CIFAR_MEAN, CIFAR_STD),
+    'cifar100': Source(_load_cifar(torchvision.datasets.CIFAR100), True, CIFAR_MEAN, CIFAR_STD),
+    'digits': Source(_load_digits, False, (.305, .305, .305), (.324, .324, .324)),
+    'folder': Source(_load_folder),
 }
 
 
-def load(dataset: str, root: str | Path, train: bool, device: torch.device) -> ImageSet:
-    """Read the training or the test images of 'cifar10', 'cifar100' or 'digits' onto the device.
+def measure(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of images (count, 3, h, w) uint8, scaled to 0-1."""
+    counts = sum(np.stack([np.bincount(channel.ravel(), minlength=256) for channel in part.swapaxes(0, 1)])
+                 for part in np.array_split(images, len(images) // 1000 + 1))
+    shares, values = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+    mean = shares @ values
+    variance = shares @ values ** 2 - mean ** 2
+    return mean.tolist(), np.sqrt(variance.clip(1e-6)).tolist()  # not 0, by which nothing can be divided
 
-    Missing files are downloaded to `root`. Raises UserError when they are missing or damaged and no download is possible.
+
+def load(dataset: str, root: str | Path, train: bool, device: torch.device, folder: Folder | None = None,
+         flip: bool = True, info: dict[str, Any] | None = None) -> ImageSet:
+    """Read the training or the test images of one of SOURCES onto the device.
+
+    CIFAR's missing files are downloaded to `root`; 'folder' is read as `folder` says. flip: False never mirrors. info: the
+    training images' `ImageSet.info`, for the test images of a folder: its classes, size, mean and deviation are theirs.
+    Raises UserError when files are missing or damaged.
     """
-    source = SOURCES[dataset]
-    images, labels = source.load(Path(root), train)
+    source, folder = SOURCES[dataset], folder or Folder()
+    if info:
+        folder = folder._replace(classes=info['classes'], size=info['size'])
+    images, labels, classes = source.load(Path(root), train, folder)
+    statistics = (source.mean, source.std) if source.mean else (info['mean'], info['std']) if info else measure(images)
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=device).reshape(3, 1, 1) for values in statistics)
     pixels = F.pad(pack(torch.from_numpy(images)), [CROP_PADDING] * 4)
+    return ImageSet(pixels.to(device), torch.as_tensor(labels).to(device), mean, std, flip and source.flip, classes)
 
-    def channels(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, device=device).reshape(3, 1, 1)
-    return ImageSet(pixels.to(device), torch.from_numpy(labels).long().to(device), channels(source.mean),
-                    channels(source.std), source.flip)
+
+def add_flags(parser: flags.Parser, others: Sequence[str] = ()) -> None:
+    """The flags of small images. others: data sets that a program has besides SOURCES."""
+    group = parser.add_argument_group('images')
+    flags.add(group, 'dataset', 'which images; folder: small ones in class folders, see --data'
+              + '; imagenet: any size, read from files as they are needed' * ('imagenet' in others), 'cifar10',
+              choices=[*SOURCES, *others])
+    flags.add(group, 'image_size', 'folder: side of the squares that images are resized to', 32, type=flags.POSITIVE_INT)
+    flags.add(group, 'flip', 'mirror half of the training images, unless they are digits', True,
+              action=argparse.BooleanOptionalAction)
 
 
 def pack(images: Tensor) -> Tensor:
@@ -211,7 +315,8 @@ class TrainBatches:
                  world: int = 1):
         self.data, self.generator, self.cutout_size = data, generator, cutout_size
         self.rank, self.world = rank, world
-        self.bounds = training_bounds(len(data), batch_size, world)
+        self.count, self.size, self.classes = len(data), data.size, data.classes
+        self.bounds = training_bounds(self.count, batch_size, world)
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -235,7 +340,7 @@ class EvalBatches:
 
     def __init__(self, data: ImageSet, batch_size: int, rank: int = 0, world: int = 1):
         self.data, self.rank, self.world = data, rank, world
-        self.count, self.size = len(data), data.size
+        self.count, self.size, self.classes = len(data), data.size, data.classes
         self.bounds = batch_bounds(self.count, batch_size)
 
     def __len__(self) -> int:

@@ -4,13 +4,10 @@ A batch is (images (batch, 3, 224, 224) float in channels-last layout, labels (b
 """
 
 import copy
-import itertools
 import math
 import multiprocessing
 import os
 import sys
-import threading
-import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +20,7 @@ from torch import Tensor
 
 import flags
 from augment import Draws, colour_jitter, draw, mirror
-from class_folders import UNREADABLE, Broken, decode, find_images, label, resize
+from class_folders import UNREADABLE, Broken, Files, available_memory, decode, find_images, for_each, label, resize
 from datasets import batch_bounds, channels_last, normalise, share_of, training_bounds
 from flags import UserError
 
@@ -42,17 +39,6 @@ def add_flags(parser: flags.Parser) -> None:
     flags.add(group, 'lazy_load', 'read images when they are needed, not into memory first', False, action='store_true')
     flags.add(group, 'workers', 'processes that decode images; by default the cores, which the processes of a machine share',
               max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))), type=flags.COUNT)
-
-
-def available_memory() -> float:
-    """The bytes of memory that can still be taken, a container's limit being one; infinite where the system does not tell."""
-    try:
-        free = next(int(line.split()[1]) * 1024 for line in Path('/proc/meminfo').read_text().splitlines()
-                    if line.startswith('MemAvailable'))
-        limit = Path('/sys/fs/cgroup/memory.max')
-        return min(free, int(limit.read_text())) if limit.exists() and limit.read_text() != 'max\n' else free
-    except (OSError, StopIteration, ValueError):
-        return math.inf
 
 
 def centre(image: Tensor, height: int, width: int) -> Tensor:
@@ -81,10 +67,10 @@ class ImageFiles(torch.utils.data.Dataset):
     def __init__(self, place: Path, images: list[tuple[str, str]], classes: list[str], seed: int, trains: bool,
                  show: bool = False):
         self.place, self.names, self.classes = place, [name for name, _ in images], classes
+        self.files = Files(place)
         self.labels = label(place, images, classes, show)
         self.seed, self.trains = seed, trains
         self.buffer, self.offsets = None, None
-        self.archives: dict[int, zipfile.ZipFile] = {}  # process and thread -> its own open zip
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,37 +78,21 @@ class ImageFiles(torch.utils.data.Dataset):
     def evaluated(self) -> 'ImageFiles':
         """The same images (and the same memory) as evaluation sees them."""
         other = copy.copy(self)
-        other.trains, other.archives = False, {}
+        other.trains = False
         return other
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {'archives': {}}  # open files do not go to spawned workers
 
     def read(self, index: int) -> bytes:
         """The encoded file."""
         if self.buffer is not None:
             return self.buffer[self.offsets[index]:self.offsets[index + 1]].numpy().tobytes()
-        if self.place.suffix != '.zip':
-            return (self.place / self.names[index]).read_bytes()
-        reader = hash((os.getpid(), threading.get_ident()))
-        if reader not in self.archives:
-            self.archives[reader] = zipfile.ZipFile(self.place)
-        return self.archives[reader].read(self.names[index])
-
-    def sizes(self) -> list[int]:
-        """The bytes of each encoded file."""
-        if self.place.suffix != '.zip':
-            paths = (self.place / name for name in self.names)
-            return [path.stat().st_size if path.exists() else 0 for path in paths]  # 0: a link to nothing
-        with zipfile.ZipFile(self.place) as archive:
-            return [archive.getinfo(name).file_size for name in self.names]
+        return self.files.read(self.names[index])
 
     def hold(self, processes: int, show: bool) -> None:
         """Read all files into one buffer, in parallel; if it does not fit into the memory, say so and stay lazy.
 
         processes: how many on this machine hold it; show: whether to print a progress bar.
         """
-        offsets = torch.tensor([0, *self.sizes()]).cumsum(0)
+        offsets = torch.tensor([0, *self.files.sizes(self.names)]).cumsum(0)
         needed, free = int(offsets[-1]), available_memory() / processes
         if needed > 0.9 * free:
             if show:
@@ -132,7 +102,6 @@ class ImageFiles(torch.utils.data.Dataset):
         buffer = torch.empty(needed, dtype=torch.uint8)
         if multiprocessing.get_start_method() != 'fork':
             buffer.share_memory_()  # forked workers share it anyway
-        done, beginning = itertools.count(1), '\r' if sys.stderr.isatty() else ''  # of a line that grows, or of the last one
 
         def fill(index: int) -> None:
             place = buffer.numpy()[int(offsets[index]):int(offsets[index + 1])]
@@ -140,13 +109,8 @@ class ImageFiles(torch.utils.data.Dataset):
                 place[:] = np.frombuffer(self.read(index), dtype=np.uint8)
             except UNREADABLE:
                 place[:] = 0  # which is no image: it counts as broken when its turn comes
-            count = next(done)
-            if show and (count == len(self) or (beginning and count % 1000 == 0)):
-                print(f'{beginning}{self.place}: {count}/{len(self)} files in memory',
-                      end='\n' if count == len(self) else '', file=sys.stderr, flush=True)
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(fill, range(len(self))))
-        self.archives.clear()
+        for_each(len(self), fill, 16, str(self.place), show)
+        self.files.archives.clear()
         self.buffer, self.offsets = buffer, offsets.tolist()
 
     def check(self) -> None:

@@ -141,9 +141,7 @@ def parse_args() -> argparse.Namespace:
     add(parser, 'proposer', 'who proposes new architectures: the controller, or the baselines random search and regularised '
         'evolution', 'controller', choices=PROPOSERS)
     add(parser, 'rounds', 'NAO: rounds of new candidates after the first', 3, type=POSITIVE_INT)
-    group = parser.add_argument_group('images')
-    add(group, 'dataset', 'imagenet: any folder of images in class folders, see --data', 'cifar10',
-        choices=[*datasets.SOURCES, 'imagenet'])
+    datasets.add_flags(parser, others=['imagenet'])
     image_files.add_flags(parser)
     group = parser.add_argument_group('child: the weight-sharing network, or each candidate')
     for name, kind, default, text in CHILD_FLAGS:
@@ -217,11 +215,11 @@ class Task(NamedTuple):
 
 
 def open_small_images(args: argparse.Namespace, run: Run) -> Task:
-    """CIFAR or digits: the first 90 % of the training images train, the rest validates."""
-    data = run.first_alone(partial(datasets.load, args.dataset, args.data, True, run.device))
-    split = int(TRAIN_SHARE * len(data))
+    """CIFAR or digits: a random 90 % of the training images train, the rest validates."""
+    data = run.first_alone(partial(datasets.load, args.dataset, args.data, True, run.device, flip=args.flip,
+                                   folder=datasets.Folder(args.zip_file, args.image_size, show=run.is_first)))
+    train_set, valid_set = map(data.select, datasets.shuffled_split(len(data), int(TRAIN_SHARE * len(data)), args.seed))
     rates = {'lr_max': args.child_lr_max, 'lr_min': args.child_lr_min}
-    train_set, valid_set = data.select(range(split)), data.select(range(split, len(data)))
 
     def train_batches(run: Run) -> Iterable:
         return datasets.TrainBatches(train_set, args.child_batch_size, run.generators['data'], args.child_cutout_size, run.rank,
@@ -230,7 +228,7 @@ def open_small_images(args: argparse.Namespace, run: Run) -> Task:
     def valid_batches(run: Run) -> Iterable:
         return datasets.EvalBatches(valid_set, args.child_eval_batch_size, run.rank, run.world)
     return Task(
-        datasets.SOURCES[args.dataset].classes, NASWSNetworkCIFAR, NASNetworkCIFAR, train_batches, valid_batches,
+        len(data.classes), NASWSNetworkCIFAR, NASNetworkCIFAR, train_batches, valid_batches,
         partial(training.cosine, epochs=args.child_epochs, **rates), 0.0,
         {'epochs': args.child_rank_epochs, 'lr': partial(training.cosine, epochs=args.child_rank_epochs, **rates)})
 
@@ -239,19 +237,18 @@ def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
     """ImageNet or another folder of images: a random 90 % of the training images train, the rest validates."""
     train_files, valid_files, classes = image_files.open_files(args.data, args.zip_file, args.lazy_load, args.seed,
                                                             processes_here(), run.is_first, validates=False)
-    order = torch.randperm(len(train_files), generator=torch.Generator().manual_seed(args.seed))
-    split = int(TRAIN_SHARE * len(order))
-    if not split:
+    train_part, valid_part = datasets.shuffled_split(len(train_files), int(TRAIN_SHARE * len(train_files)), args.seed)
+    if not len(train_part):
         raise UserError(f'--data={args.data}: a search needs at least 2 images in train, of which it validates with some')
 
     def train_batches(run: Run) -> Iterable:
-        return image_files.FileBatches(train_files, args.child_batch_size, run.device, args.workers, order[:split],
+        return image_files.FileBatches(train_files, args.child_batch_size, run.device, args.workers, train_part,
                                     run.generators['data'], run.rank, run.world)
 
     def valid_batches(run: Run) -> Iterable:
-        return image_files.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, order[split:],
+        return image_files.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, valid_part,
                                     rank=run.rank, world=run.world)
-    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.training_bounds(split, args.child_batch_size, run.world)))
+    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.training_bounds(len(train_part), args.child_batch_size, run.world)))
     return Task(
         len(classes), NASWSNetworkImageNet, NASNetworkImageNet, train_batches, valid_batches,
         partial(training.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),

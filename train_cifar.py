@@ -24,8 +24,9 @@ def parse_args() -> tuple[argparse.Namespace, Architecture]:
     add_run_flags(parser, output_dir='exp/cifar')
     training.add_training_flags(parser, batch_size=128, eval_batch_size=500, epochs=600, l2_reg=3e-4)
     training.add_network_flags(parser, layers=6, channels=36, keep_prob=0.6, drop_path=0.8)
+    datasets.add_flags(parser)
     group = parser.add_argument_group('CIFAR')
-    add(group, 'dataset', 'which images', 'cifar10', choices=datasets.SOURCES)
+    add(group, 'zip_file', 'folder: read train.zip and valid.zip instead of folders', False, action='store_true')
     add(group, 'cutout_size', 'side of the square that cutout zeroes; 0: none', 0, type=COUNT)
     add(group, 'lr_max', 'learning rate of the first epoch', 0.025, type=POSITIVE)
     add(group, 'lr_min', 'learning rate that the cosine ends at', 0.0, type=NOT_NEGATIVE)
@@ -37,12 +38,14 @@ def main() -> None:
     """Train or test, as --mode says."""
     args, arch = parse_args()
     run = Run(args)
-    test_set, train_set = (run.first_alone(partial(datasets.load, args.dataset, args.data, train, run.device))
-                           for train in (False, True))
+    load = partial(datasets.load, args.dataset, args.data, device=run.device, flip=args.flip,
+                   folder=datasets.Folder(args.zip_file, args.image_size, show=run.is_first))
+    train_set = run.first_alone(partial(load, train=True))
+    test_set = run.first_alone(partial(load, train=False, info=train_set.info))
     test_batches = datasets.EvalBatches(test_set, args.eval_batch_size, run.rank, run.world)
 
     def build(use_aux_head: bool, steps: int = 1) -> NASNetworkCIFAR:
-        return NASNetworkCIFAR(datasets.SOURCES[args.dataset].classes, args.layers, args.nodes, args.channels,
+        return NASNetworkCIFAR(len(train_set.classes), args.layers, args.nodes, args.channels,
                                args.keep_prob, args.drop_path_keep_prob, use_aux_head, steps, arch)
     if args.mode == 'test':
         training.test_network(run, build, test_batches)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import files
+from helpers import files, write_images, zip_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision import transforms
 
 import datasets
@@ -249,6 +250,111 @@ def test_a_selection_holds_the_chosen_images():
     assert len(part) == 3 and part.labels.tolist() == [4, 5, 6] and part.size == 4
     (images, _), = EvalBatches(part, 10)
     torch.testing.assert_close(images, literal_normalise(pixels[4:7]), rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ subsets and splits
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any), st.data(), st.integers(0, 2 ** 31))
+def test_a_subset_is_balanced_over_the_classes_as_far_as_it_goes(sizes, data, seed):
+    labels = torch.tensor([label for label, size in enumerate(sizes) for _ in range(size)])
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
+    count = data.draw(st.integers(1, len(labels)))
+    chosen = datasets.draw_balanced(labels, count, seed)
+    assert torch.equal(chosen, datasets.draw_balanced(labels.tolist(), count, seed))
+    assert len(set(chosen.tolist())) == count
+    drawn = torch.bincount(labels[chosen], minlength=len(sizes)).tolist()
+    for size, number in zip(sizes, drawn, strict=True):
+        assert number == size or max(drawn) - number <= 1
+
+
+def test_a_subset_is_the_seeds_own():
+    data, pixels = image_set(50)
+    one, same, other = (data.subset(20, seed) for seed in (1, 1, 2))
+    assert torch.equal(one.labels, same.labels) and not torch.equal(one.labels, other.labels)
+    assert torch.equal(images_of(one.pixels)[:, :, 4:-4, 4:-4], pixels[one.labels]) and one.size == data.size
+    with pytest.raises(UserError, match='51 images cannot be drawn from 50'):
+        data.subset(51, 0)
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 2 ** 31))
+def test_a_split_is_shuffled_by_the_seed(first, rest, seed):
+    parts = datasets.shuffled_split(first + rest, first, seed)
+    assert [len(part) for part in parts] == [first, rest]
+    assert sorted(torch.cat(parts).tolist()) == list(range(first + rest))
+    assert all(map(torch.equal, parts, datasets.shuffled_split(first + rest, first, seed)))
+    assert first + rest < 12 or torch.cat(parts).tolist() != list(range(first + rest))
+
+
+# ------------------------------------------------------------------------------------------------ folders of small images
+
+@pytest.fixture(scope='module')
+def small_images(tmp_path_factory):
+    """Images of several sizes in class folders, and in zips."""
+    root = tmp_path_factory.mktemp('small')
+    write_images(root / 'train', {'cat': 6, 'ant': 4, 'bee': 5}, size=20)
+    write_images(root / 'test', {'bee': 2, 'ant': 3}, size=30, seed=1)
+    for part in ('train', 'test'):
+        zip_images(root / part, root / f'{part}.zip', part)
+    return root
+
+
+def load_folder(root, train=True, info=None, **options):
+    return datasets.load('folder', root, train, CPU, datasets.Folder(**options), info=info)
+
+
+@pytest.mark.parametrize('zipped', [False, True])
+def test_a_folder_of_small_images_is_one_packed_tensor(zipped, small_images):
+    train = load_folder(small_images, size=16, zipped=zipped)
+    test = load_folder(small_images, False, train.info, zipped=zipped)
+    assert train.classes == test.classes == ['ant', 'bee', 'cat'] and train.flip
+    assert train.labels.tolist() == [0] * 4 + [1] * 5 + [2] * 6 and test.labels.tolist() == [0] * 3 + [1] * 2
+    assert train.size == test.size == 16 and train.pixels.shape == (15, 24, 24) and train.pixels.dtype == torch.int32
+    resize = transforms.Compose([transforms.Resize((16, 16)), transforms.PILToTensor()])
+    for data, part in ((train, 'train'), (test, 'test')):
+        paths = sorted((small_images / part).rglob('*.JPEG'))
+        wanted = torch.stack([resize(Image.open(path)) for path in paths])
+        assert (images_of(data.pixels)[:, :, 4:-4, 4:-4].int() - wanted.int()).abs().max() <= 1
+    assert torch.equal(train.mean, test.mean) and torch.equal(train.std, test.std)
+    (images, _), = EvalBatches(train, 100)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(images.std((0, 2, 3), correction=0), torch.ones(3), rtol=0, atol=1e-5)
+
+
+def test_a_folders_info_goes_through_a_checkpoint(small_images, tmp_path):
+    info = load_folder(small_images, size=8).info
+    torch.save(info, tmp_path / 'info.pt')
+    kept = torch.load(tmp_path / 'info.pt', weights_only=True)
+    assert kept == info and info['size'] == 8
+    assert load_folder(small_images, False, kept).info == info
+    with pytest.raises(ValueError, match='info'):
+        load_folder(small_images, False)
+
+
+def test_flip_may_be_off(small_images):
+    assert not datasets.load('folder', small_images, True, CPU, flip=False).flip
+    assert not datasets.load('digits', '', True, CPU, flip=True).flip
+
+
+def test_what_cannot_be_decoded_of_a_folder_is_left_out_or_too_much(small_images, tmp_path, capsys, monkeypatch):
+    write_images(tmp_path / 'train', {'a': 60, 'b': 60}, size=8)
+    broken = tmp_path / 'train' / 'b' / 'b_1.JPEG'
+    broken.write_bytes(broken.read_bytes()[:100])
+    for show in (True, False):
+        data = load_folder(tmp_path, size=8, show=show)
+        assert len(data) == 119 and data.labels.bincount().tolist() == [60, 59]
+        assert capsys.readouterr().err.splitlines() == [
+            f'{tmp_path}/train: 120/120 files in memory', f'warning: {broken}: is broken or cut off; left out'] * show
+    (tmp_path / 'train' / 'a' / 'a_1.JPEG').write_bytes(b'no image')
+    with pytest.raises(UserError, match='2 of 120 images cannot be decoded, more than 1%'):
+        load_folder(tmp_path, size=8)
+    monkeypatch.setattr(datasets, 'available_memory', lambda: 1e6)
+    with pytest.raises(UserError, match=r'120 images of 224×224 pixels need 0\.1 GiB'):
+        load_folder(tmp_path, size=224)
+
+
+def test_measured_statistics_never_divide_by_zero():
+    mean, std = datasets.measure(np.full((3, 3, 4, 4), 51, dtype=np.uint8))
+    assert mean == pytest.approx([.2] * 3) and min(std) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- digits

@@ -22,6 +22,7 @@ from PIL import Image
 from torchvision import transforms
 
 import augment
+import class_folders
 import datasets
 import flags
 import image_files
@@ -241,9 +242,9 @@ def test_what_is_no_image_is_left_alone(root, tmp_path):
 def test_images_that_were_read_can_be_sent_to_spawned_workers(root):
     files, *_ = image_files.open_files(root / 'zips' / 'plain', True, True, 0, show=False)
     FileBatches(files, 4, CPU, 0).batch(torch.arange(4))  # opens the zip, in several threads
-    assert files.archives
+    assert files.files.archives
     copy = pickle.loads(pickle.dumps(files))
-    assert copy.archives == {} and copy.read(3) == files.read(3)
+    assert copy.files.archives == {} and copy.read(3) == files.read(3)
 
 
 # ------------------------------------------------------------------------------------------- classes, links, shapes, modes
@@ -553,7 +554,7 @@ def test_files_in_memory_are_not_read_again(root, tmp_path, expected):
 
 
 def test_the_available_memory_is_what_the_system_says():
-    free = image_files.available_memory()
+    free = class_folders.available_memory()
     total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     assert 0 < free <= total or math.isinf(free)
 
@@ -563,8 +564,8 @@ def test_a_containers_limit_counts(limit, wanted, tmp_path, monkeypatch):
     (tmp_path / 'meminfo').write_text('MemTotal:       10000 kB\nMemAvailable:    9000 kB\n')
     if limit:
         (tmp_path / 'memory.max').write_text(f'{limit}\n')
-    monkeypatch.setattr(image_files, 'Path', lambda path: tmp_path / Path(path).name)
-    assert image_files.available_memory() == wanted
+    monkeypatch.setattr(class_folders, 'Path', lambda path: tmp_path / Path(path).name)
+    assert class_folders.available_memory() == wanted
 
 
 def memory_of(pid):
