@@ -82,10 +82,11 @@ def train_candidate(run: Run, recipe: Recipe, arch: Architecture, title: str = '
     return (max(accuracies) if recipe.best_epoch else accuracies[-1]) / 100
 
 
-def train_all(run: Run, recipe: Recipe, archs: Sequence[Architecture], number: int) -> list[float]:
+def train_all(run: Run, recipe: Recipe, archs: Sequence[Architecture], number: int, to_come: int = 0) -> list[float]:
     """The accuracies of architectures, 0-1; those that have no result yet are trained, by all processes together.
 
-    number: of the round, by which the queue is called. One that is at fault itself (it does not fit into its device's memory,
+    number: of the round, by which the queue is called; to_come: how many trainings later rounds may ask for, for the estimate
+    of the time that is left. One that is at fault itself (it does not fit into its device's memory,
     or its loss is not finite) is logged and counts 0; whatever else fails raises flags.Stopped and is recorded nowhere.
     """
     results = read_results(run, recipe.kind)
@@ -93,7 +94,7 @@ def train_all(run: Run, recipe: Recipe, archs: Sequence[Architecture], number: i
         if str(arch) in results:  # recorded just before its process was killed
             checkpoint_of(run, recipe.kind, str(arch)).unlink(missing_ok=True)
     todo = [arch for arch in dict.fromkeys(archs) if str(arch) not in results]
-    clock = training.Clock(0, len(todo))
+    clock = training.Clock(0, len(todo) + to_come)
     for index in run.queue(f'{recipe.kind} {number}', len(todo)):
         arch, start, more, alone = todo[index], time.monotonic(), {}, run.alone()
         title = f'{recipe.kind} {len(archs) - len(todo) + index + 1}/{len(archs)} '
@@ -109,7 +110,7 @@ def train_all(run: Run, recipe: Recipe, archs: Sequence[Architecture], number: i
         append_line(run.output_dir / f'results.{run.rank}.jsonl', json.dumps(
             {'kind': recipe.kind, 'arch': str(arch), 'accuracy': accuracy, 'seconds': time.monotonic() - start, **more}))
         checkpoint_of(run, recipe.kind, str(arch)).unlink(missing_ok=True)
-        alone.log(f'{title}accuracy {accuracy:.4f}, all of this round left {clock.left(index + 1)}')
+        alone.log(f'{title}accuracy {accuracy:.4f}, all of them left {clock.left(index + 1)}')
     run.reseed(f'after {recipe.kind}', number)  # who trained what must not matter to what follows
     results = read_results(run, recipe.kind)
     return [results[str(arch)] for arch in archs]

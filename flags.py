@@ -77,32 +77,56 @@ def number(kind: type, least: float, most: float = math.inf, *, above: bool = Fa
     def convert(text: str) -> int | float:
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
-        if not (value > least if above else value >= least) or not value <= most or math.isinf(value):
+        if not (value > least if above else value >= least) or not value <= most or value == math.inf:
             name = 'a whole number' if kind is int else 'a number'
-            low = f'above {least:g}' if above else f'of at least {least:g}'
-            raise argparse.ArgumentTypeError(
-                f'must be {name} {low}{f" and at most {most:g}" if most < math.inf else ""}, not {text!r}')
+            low = f'above {least:,}' if above else f'of at least {least:,}'
+            high = f' and at most {most:,}' if most not in (math.inf, MANY) else ''
+            raise argparse.ArgumentTypeError(f'must be {name} {low}{high}, not {text[:40]!r}')
         return value
     convert.kind = kind  # for the help
     return convert
 
 
-POSITIVE_INT, COUNT = number(int, 1), number(int, 0)
+MANY = 10 ** 9  # more than anybody has images, epochs or architectures
+POSITIVE_INT, COUNT = number(int, 1, MANY), number(int, 0, MANY)
+LAYERS, NODES, CHANNELS = number(int, 1, 1000), number(int, 1, 100), number(int, 1, 10_000)  # what can be built in minutes
+POOL = number(int, 1, 1_000_000)  # architectures
 SEED = number(int, 0, 2**63 - 1)  # what a generator takes
-BATCH = number(int, 2)  # batch-norm cannot train on a single image
+BATCH = number(int, 2, MANY)  # batch-norm cannot train on a single image
 POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
 KEEP = number(float, 0, 1, above=True)
 FRACTION = number(float, 0, 1)
+
+
+def directory(text: str) -> str:
+    """The argparse type of a directory to write to."""
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f'must name a directory, not {text!r}')
+    return text
+
+
+def without_effect(parser: Parser, *names: str) -> None:
+    """Accept flags of the reference that have no effect here, nor there; see `drop_without_effect`."""
+    for name in names:
+        parser.add_argument(f'--{name}', help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+
+
+def drop_without_effect(args: argparse.Namespace, *names: str) -> None:
+    """Take such flags out again, with a line for each that was given."""
+    for name in names:
+        if hasattr(args, name):
+            print(f'--{name}={getattr(args, name)} has no effect', file=sys.stderr, flush=True)
+            delattr(args, name)
 
 
 def add_run_flags(parser: Parser, output_dir: str, data: str = 'data') -> None:
     """The flags of every program: where it runs, where it writes, the seed."""
     group = parser.add_argument_group('run')
     add(group, 'data', 'directory of the data set', data, metavar='DIR')
-    add(group, 'output_dir', 'directory of checkpoints and metrics.jsonl; a run that finds its checkpoint.pt there goes on '
-        'from it', output_dir, metavar='DIR')
+    add(group, 'output_dir', 'directory of train.log, checkpoints and metrics.jsonl; a run that finds its checkpoint.pt there '
+        'goes on from it', output_dir, metavar='DIR', type=directory)
     add(group, 'device', 'cpu, cuda, cuda:N or mps (default: CUDA if there is a GPU, else MPS, else the CPU)', metavar='NAME')
     add(group, 'seed', 'of all random draws', 0, type=SEED)
     add(group, 'amp', 'mixed precision; off: float32 throughout', 'off', choices=['off', 'bf16', 'fp16'])

@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import architecture
 from architecture import nodes_of, unread_states
+from flags import UserError
 from operations import OPERATIONS, BatchNorm2d, FactorizedReduce, ReLUConvBN, State, apply_operation
 
+AUX_HEAD_IMAGE = 29  # pixels of a side of the smallest image of which two reductions leave 8
 Shape = tuple[int, int]  # of a state: (how often the image's height and width were halved, channels)
 
 
@@ -255,6 +257,13 @@ class NASNetworkCIFAR(CIFARStem, FixedNetwork):
 
 class NASNetworkImageNet(ImageNetStem, FixedNetwork):
     """The network of an architecture for 224×224 images; arguments as NASNetworkCIFAR."""
+
+
+def check_image_size(size: int, use_aux_head: bool) -> None:
+    """Raise UserError if images of size×size pixels are too small for the CIFAR network with the auxiliary head."""
+    if use_aux_head and size < AUX_HEAD_IMAGE:
+        raise UserError(f'images of {size}×{size} pixels are too small for the auxiliary head, which needs 8×8 after both '
+                        f'reductions: {AUX_HEAD_IMAGE}×{AUX_HEAD_IMAGE} at least; leave it out')
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +19,24 @@ from architecture import Architecture
 from candidates import Recipe
 from flags import (
     BATCH,
+    CHANNELS,
     COUNT,
     FRACTION,
     KEEP,
+    LAYERS,
+    NODES,
     NOT_NEGATIVE,
+    POOL,
     POSITIVE,
     POSITIVE_INT,
     Parser,
     UserError,
     add,
     add_run_flags,
+    drop_without_effect,
+    without_effect,
 )
-from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet
+from model import AUX_HEAD_IMAGE, FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet, check_image_size
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet, Supernet
 from proposers import PROPOSERS
 from utils import Run, processes_here
@@ -44,9 +51,13 @@ NETWORK_FLAGS = '--child_channels, --child_layers, --child_nodes, --search_space
 METHODS = ('NAO-WS', 'NAO')
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     'NAO-WS': {'search_space': 'small'},
-    'NAO': {'search_space': 'large', 'child_epochs': 25, 'child_channels': 32, 'child_lr_max': 0.024, 'child_lr_min': 0.0,
-            'child_drop_path_keep_prob': 0.7, 'child_use_aux_head': True, 'controller_lambdas': (10, 20, 30)},
+    'NAO': {'search_space': 'large', 'child_batch_size': 128, 'child_epochs': 25, 'child_lr_epochs': 100, 'child_channels': 32,
+            'child_lr_max': 0.024, 'child_lr_min': 0.0, 'child_l2_reg': 5e-4, 'child_drop_path_keep_prob': 0.7,
+            'child_use_aux_head': True, 'controller_lambdas': (10, 20, 30)},
 }
+NO_EFFECT = (  # flags of the reference that do nothing
+    'mode', 'controller_optimizer', 'controller_source_length', 'controller_encoder_length', 'controller_encoder_vocab_size',
+    'controller_decoder_length', 'controller_decoder_vocab_size')
 CONTROLLER_SIZES = ('encoder_layers', 'encoder_hidden_size', 'encoder_emb_size', 'encoder_dropout', 'mlp_layers',
                     'mlp_hidden_size', 'mlp_dropout', 'decoder_layers', 'decoder_hidden_size', 'decoder_dropout')
 
@@ -81,13 +92,15 @@ CHILD_FLAGS = (  # name, type, default, help
     ('batch_size', BATCH, 64, 'images per step'),
     ('eval_batch_size', POSITIVE_INT, 500, 'validation images that an architecture is scored on'),
     ('epochs', POSITIVE_INT, 150, 'how often all images of the training split are seen'),
-    ('layers', POSITIVE_INT, 3, 'normal cells before, between and after the reduction cells'),
-    ('nodes', POSITIVE_INT, 5, 'nodes of a cell'),
-    ('channels', POSITIVE_INT, 20, 'channels of the first cells'),
+    ('layers', LAYERS, 3, 'normal cells before, between and after the reduction cells'),
+    ('nodes', NODES, 5, 'nodes of a cell'),
+    ('channels', CHANNELS, 20, 'channels of the first cells'),
     ('cutout_size', COUNT, 0, 'side of the square that cutout zeroes; 0: none'),
     ('grad_bound', POSITIVE, 5.0, 'gradients are clipped to this norm'),
     ('lr_max', POSITIVE, 0.025, 'learning rate of the first epoch'),
     ('lr_min', NOT_NEGATIVE, 0.001, 'learning rate that the cosine ends at'),
+    ('lr_epochs', POSITIVE_INT, None, 'epochs of the whole cosine, of which --child_epochs are trained (default: as many; '
+     'NAO: 100)'),
     ('lr', POSITIVE, 0.1, 'imagenet: learning rate of the first epoch'),
     ('gamma', POSITIVE, 0.97, 'imagenet: factor of the learning rate'),
     ('decay_period', POSITIVE_INT, 1, 'imagenet: epochs between two such factors'),
@@ -101,8 +114,8 @@ CHILD_FLAGS = (  # name, type, default, help
     ('rank_epochs', POSITIVE_INT, 10, 'epochs of each training from scratch'),
 )
 CONTROLLER_FLAGS = (
-    ('seed_arch', POSITIVE_INT, 600, 'architectures in the pool'),
-    ('new_arch', POSITIVE_INT, 300, 'new architectures a round'),
+    ('seed_arch', POOL, 600, 'architectures in the pool'),
+    ('new_arch', POOL, 300, 'new architectures a round'),
     ('expand', POSITIVE_INT, None, 'N: write N-1 copies of each architecture with swapped operands and hold 10 %% out '
      '(default: swap anew in each epoch, hold none out)'),
     ('epochs', POSITIVE_INT, PAPER.epochs, 'epochs of a fit'),
@@ -142,6 +155,8 @@ def parse_args() -> argparse.Namespace:
         'evolution', 'controller', choices=PROPOSERS)
     add(parser, 'rounds', 'NAO: rounds of new candidates after the first', 3, type=POSITIVE_INT)
     datasets.add_flags(parser, others=['imagenet'])
+    add(parser, 'train_images', 'use so many of the training images, drawn by the seed, as many of each class as it goes',
+        type=BATCH)
     image_files.add_flags(parser)
     group = parser.add_argument_group('child: the weight-sharing network, or each candidate')
     for name, kind, default, text in CHILD_FLAGS:
@@ -161,19 +176,34 @@ def parse_args() -> argparse.Namespace:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # so that --help shows the defaults of these
     early.add_argument('--method', nargs='?')
     early.add_argument('--controller_preset', nargs='?')
+    early.add_argument('--dataset', nargs='?')
     first, _ = early.parse_known_args()
+    if first.dataset:
+        parser.set_defaults(output_dir=f'exp/search_{first.dataset}')
     parser.set_defaults(**METHOD_DEFAULTS.get(first.method, METHOD_DEFAULTS['NAO-WS']))
     if first.controller_preset not in (None, 'paper') and first.controller_preset in controller.PRESETS:
         preset = controller.PRESETS[first.controller_preset]
         parser.set_defaults(**{f'controller_{name}': value for name, value in preset._asdict().items()})
+    without_effect(parser, *NO_EFFECT)
     args = parser.parse_args()
+    drop_without_effect(args, *NO_EFFECT)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError if a search's flags do not go together."""
     if args.method == 'NAO-WS' and args.search_space != 'small':
         raise UserError(f'--search_space={args.search_space}: the weight-sharing network has the operations of the small '
                         'space; use --method=NAO for others')
     if args.controller_encoder_hidden_size != args.controller_decoder_hidden_size:
         raise UserError('--controller_encoder_hidden_size and --controller_decoder_hidden_size must be equal: the decoder '
                         'starts from the embedding')
-    return args
+    if args.child_lr_min > args.child_lr_max:
+        raise UserError(f'--child_lr_min={args.child_lr_min:g} is above --child_lr_max={args.child_lr_max:g}')
+    listed = args.child_eval_epochs if isinstance(args.child_eval_epochs, list) else []
+    if listed and max(listed) > args.child_epochs:
+        raise UserError(f'--child_eval_epochs names epoch {max(listed)}, but there are {args.child_epochs} epochs')
 
 
 def settings_of(args: argparse.Namespace) -> controller.Settings:
@@ -190,13 +220,16 @@ def build_controllers(args: argparse.Namespace, vocabulary: architecture.Vocabul
 
 
 def first_pool(args: argparse.Namespace, operations: range, generator: torch.Generator) -> list[Architecture]:
-    """The pool file that the user names, or random architectures. Raises UserError."""
-    if not args.child_arch_pool:
+    """The pool file that the user names or has left in --output_dir, or random architectures. Raises UserError."""
+    left = Path(args.output_dir) / 'arch_pool'
+    path = args.child_arch_pool or (left if left.exists() else None)
+    if not path:
         return architecture.sample(args.controller_seed_arch, args.child_nodes, operations, generator)
     try:
-        return architecture.read_pool(args.child_arch_pool, args.child_nodes, operations)
+        return architecture.read_pool(path, args.child_nodes, operations)
     except architecture.ArchitectureError as error:
-        raise UserError(f'--child_arch_pool: {error}') from None
+        raise UserError(f'--child_arch_pool: {error}' if args.child_arch_pool else
+                        f'{error}; a search starts from the arch_pool of its --output_dir, name another') from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -205,21 +238,38 @@ class Task(NamedTuple):
     """What a data set brings to a search."""
 
     classes: int
+    image_size: int  # pixels of a side
     supernet: type[Supernet]
     network: type[FixedNetwork]
     train_batches: Callable[[Run], Iterable]  # batches of the training split, drawn from a run's generators
     valid_batches: Callable[[Run], Iterable]
     lr: Callable[[int], float]  # epoch, from 0 -> learning rate of the supernet, or of a candidate of NAO
     label_smooth: float
-    rank_options: dict[str, Any]  # of training.train, for training one of the best from scratch
+    ranking: dict[str, Any]  # how one of the best is trained from scratch: fields of candidates.Recipe
+
+
+def split_images(labels: Any, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the images that train and of those that validate: --train_images of them, shuffled by the seed."""
+    if args.train_images and args.train_images > len(labels):
+        raise UserError(f'--train_images={args.train_images}, but there are {len(labels)}')
+    chosen = datasets.draw_balanced(labels, args.train_images or len(labels), args.seed)
+    train, valid = datasets.shuffled_split(len(chosen), int(TRAIN_SHARE * len(chosen)), args.seed)
+    if not len(train):
+        raise UserError(f'--data={args.data}: a search needs at least 2 images in train, of which it validates with some')
+    return chosen[train], chosen[valid]
+
+
+def cosine(args: argparse.Namespace, epochs: int) -> Callable[[int], float]:
+    """The learning rate of each epoch of a cosine over `epochs`."""
+    return partial(training.cosine, epochs=epochs, lr_max=args.child_lr_max, lr_min=args.child_lr_min)
 
 
 def open_small_images(args: argparse.Namespace, run: Run) -> Task:
-    """CIFAR or digits: a random 90 % of the training images train, the rest validates."""
+    """CIFAR, digits or a folder of small images."""
     data = run.first_alone(partial(datasets.load, args.dataset, args.data, True, run.device, flip=args.flip,
                                    folder=datasets.Folder(args.zip_file, args.image_size, show=run.is_first)))
-    train_set, valid_set = map(data.select, datasets.shuffled_split(len(data), int(TRAIN_SHARE * len(data)), args.seed))
-    rates = {'lr_max': args.child_lr_max, 'lr_min': args.child_lr_min}
+    train_set, valid_set = map(data.select, split_images(data.labels, args))
+    check_image_size(data.size, args.child_use_aux_head)
 
     def train_batches(run: Run) -> Iterable:
         return datasets.TrainBatches(train_set, args.child_batch_size, run.generators['data'], args.child_cutout_size, run.rank,
@@ -227,33 +277,35 @@ def open_small_images(args: argparse.Namespace, run: Run) -> Task:
 
     def valid_batches(run: Run) -> Iterable:
         return datasets.EvalBatches(valid_set, args.child_eval_batch_size, run.rank, run.world)
+    ranking = {
+        'build': partial(build, args, NASNetworkCIFAR, len(data.classes), RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB,
+                         data.size >= AUX_HEAD_IMAGE),
+        'steps': args.child_epochs * len(train_batches(run)),
+        'options': {'epochs': args.child_rank_epochs, 'lr': cosine(args, args.child_rank_epochs)}}
     return Task(
-        len(data.classes), NASWSNetworkCIFAR, NASNetworkCIFAR, train_batches, valid_batches,
-        partial(training.cosine, epochs=args.child_epochs, **rates), 0.0,
-        {'epochs': args.child_rank_epochs, 'lr': partial(training.cosine, epochs=args.child_rank_epochs, **rates)})
+        len(data.classes), data.size, NASWSNetworkCIFAR, NASNetworkCIFAR, train_batches, valid_batches,
+        cosine(args, max(args.child_lr_epochs or 0, args.child_epochs)), 0.0, ranking)
 
 
 def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
-    """ImageNet or another folder of images: a random 90 % of the training images train, the rest validates."""
+    """ImageNet or another folder of images of any size."""
     train_files, valid_files, classes = image_files.open_files(args.data, args.zip_file, args.lazy_load, args.seed,
-                                                            processes_here(), run.is_first, validates=False)
-    train_part, valid_part = datasets.shuffled_split(len(train_files), int(TRAIN_SHARE * len(train_files)), args.seed)
-    if not len(train_part):
-        raise UserError(f'--data={args.data}: a search needs at least 2 images in train, of which it validates with some')
+                                                               processes_here(), run.is_first, validates=False)
+    train, valid = split_images(train_files.labels, args)
 
     def train_batches(run: Run) -> Iterable:
-        return image_files.FileBatches(train_files, args.child_batch_size, run.device, args.workers, train_part,
-                                    run.generators['data'], run.rank, run.world)
+        return image_files.FileBatches(train_files, args.child_batch_size, run.device, args.workers, train,
+                                       run.generators['data'], run.rank, run.world)
 
     def valid_batches(run: Run) -> Iterable:
-        return image_files.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, valid_part,
-                                    rank=run.rank, world=run.world)
-    epochs = math.ceil(IMAGENET_RANK_STEPS / len(datasets.training_bounds(len(train_part), args.child_batch_size, run.world)))
+        return image_files.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, valid, rank=run.rank,
+                                       world=run.world)
+    ranking = {'build': partial(build, args, NASNetworkImageNet, len(classes), 1.0, 1.0, True),
+               'options': {'epochs': 1, 'lr': lambda epoch: args.child_lr}, 'max_steps': IMAGENET_RANK_STEPS}
     return Task(
-        len(classes), NASWSNetworkImageNet, NASNetworkImageNet, train_batches, valid_batches,
+        len(classes), image_files.IMAGE_SIZE, NASWSNetworkImageNet, NASNetworkImageNet, train_batches, valid_batches,
         partial(training.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),
-        args.child_label_smooth,
-        {'epochs': epochs, 'lr': lambda epoch: args.child_lr, 'max_steps': math.ceil(IMAGENET_RANK_STEPS / epochs)})
+        args.child_label_smooth, ranking)
 
 
 def open_task(args: argparse.Namespace, run: Run) -> Task:
@@ -261,21 +313,27 @@ def open_task(args: argparse.Namespace, run: Run) -> Task:
     return (open_imagenet if args.dataset == 'imagenet' else open_small_images)(args, run)
 
 
+def build(args: argparse.Namespace, network: type[FixedNetwork], classes: int, keep_prob: float, drop_path_keep_prob: float,
+          use_aux_head: bool, arch: Architecture, steps: int) -> FixedNetwork:
+    """The network of an architecture in the search's size; steps: those that drop path's schedule counts."""
+    return network(classes, args.child_layers, args.child_nodes, args.child_channels, keep_prob, drop_path_keep_prob,
+                   use_aux_head, steps, arch)
+
+
 def rank_recipe(args: argparse.Namespace, task: Task) -> Recipe:
     """How the best are trained from scratch at the end, as the found one will be."""
-    return _recipe('rank', args, task, RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB, True, task.rank_options)
+    return recipe('rank', args, task, **task.ranking)
 
 
 def candidate_recipe(args: argparse.Namespace, task: Task) -> Recipe:
-    """How NAO trains each candidate."""
-    return _recipe('candidate', args, task, args.child_keep_prob, args.child_drop_path_keep_prob, args.child_use_aux_head,
-                   {'epochs': args.child_epochs, 'lr': task.lr})
+    """How NAO trains each candidate; it is judged by its best epoch."""
+    network = partial(build, args, task.network, task.classes, args.child_keep_prob, args.child_drop_path_keep_prob,
+                      args.child_use_aux_head)
+    options = {'epochs': args.child_epochs, 'lr': task.lr, 'label_smooth': task.label_smooth}
+    return recipe('candidate', args, task, network, options, best_epoch=True)
 
 
-def _recipe(kind: str, args: argparse.Namespace, task: Task, keep_prob: float, drop_path_keep_prob: float, use_aux_head: bool,
-            options: dict[str, Any]) -> Recipe:
-    def build(arch: Architecture, steps: int) -> FixedNetwork:
-        return task.network(task.classes, args.child_layers, args.child_nodes, args.child_channels, keep_prob,
-                            drop_path_keep_prob, use_aux_head, steps, arch)
+def recipe(kind: str, args: argparse.Namespace, task: Task, build: Callable, options: dict[str, Any], **more: Any) -> Recipe:
+    """A recipe of what both kinds of candidates have in common."""
     return Recipe(kind, build, task.train_batches, task.valid_batches, args.child_l2_reg, NETWORK_FLAGS,
-                  {'grad_bound': args.child_grad_bound, 'label_smooth': task.label_smooth, **options})
+                  {'grad_bound': args.child_grad_bound, **options}, **more)

@@ -13,8 +13,8 @@ from functools import partial
 import datasets
 import training
 from architecture import Architecture
-from flags import COUNT, NOT_NEGATIVE, POSITIVE, Parser, add, add_run_flags, run_program
-from model import NASNetworkCIFAR
+from flags import COUNT, NOT_NEGATIVE, POSITIVE, Parser, UserError, add, add_run_flags, run_program
+from model import NASNetworkCIFAR, check_image_size
 from utils import Run
 
 
@@ -31,7 +31,10 @@ def parse_args() -> tuple[argparse.Namespace, Architecture]:
     add(group, 'lr_max', 'learning rate of the first epoch', 0.025, type=POSITIVE)
     add(group, 'lr_min', 'learning rate that the cosine ends at', 0.0, type=NOT_NEGATIVE)
     add(group, 'grad_bound', 'gradients are clipped to this norm', 5.0, type=POSITIVE)
-    return training.parse_training_flags(parser)
+    args, arch = training.parse_training_flags(parser)
+    if args.lr_min > args.lr_max:
+        raise UserError(f'--lr_min={args.lr_min:g} is above --lr_max={args.lr_max:g}')
+    return args, arch
 
 
 def main() -> None:
@@ -40,21 +43,30 @@ def main() -> None:
     run = Run(args)
     load = partial(datasets.load, args.dataset, args.data, device=run.device, flip=args.flip,
                    folder=datasets.Folder(args.zip_file, args.image_size, show=run.is_first))
-    train_set = run.first_alone(partial(load, train=True))
-    test_set = run.first_alone(partial(load, train=False, info=train_set.info))
-    test_batches = datasets.EvalBatches(test_set, args.eval_batch_size, run.rank, run.world)
 
-    def build(use_aux_head: bool, steps: int = 1) -> NASNetworkCIFAR:
-        return NASNetworkCIFAR(len(train_set.classes), args.layers, args.nodes, args.channels,
-                               args.keep_prob, args.drop_path_keep_prob, use_aux_head, steps, arch)
+    def build(classes: int, use_aux_head: bool, steps: int = 1) -> NASNetworkCIFAR:
+        return NASNetworkCIFAR(classes, args.layers, args.nodes, args.channels, args.keep_prob, args.drop_path_keep_prob,
+                               use_aux_head, steps, arch)
+
+    def eval_batches(images: datasets.ImageSet) -> datasets.EvalBatches:
+        return datasets.EvalBatches(images, args.eval_batch_size, run.rank, run.world)
     if args.mode == 'test':
-        training.test_network(run, build, test_batches)
+        info = training.tested(args)[1].get('images') or run.first_alone(partial(load, train=True)).info
+        test_set = run.first_alone(partial(load, train=False, info=info))
+        training.test_network(run, partial(build, len(test_set.classes)), eval_batches(test_set))
         return
-    train_batches = datasets.TrainBatches(train_set, args.batch_size, run.generators['data'], args.cutout_size, run.rank,
-                                          run.world)
-    training.train_network(run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, test_batches,
-                           l2_reg=args.l2_reg, epochs=args.epochs, grad_bound=args.grad_bound,
-                           lr=partial(training.cosine, epochs=args.epochs, lr_max=args.lr_max, lr_min=args.lr_min))
+    images = run.first_alone(partial(load, train=True))
+    check_image_size(images.size, args.use_aux_head)
+    chosen, held_out = training.parts(images.labels, args)
+    train_batches = datasets.TrainBatches(images.select(chosen), args.batch_size, run.generators['data'], args.cutout_size,
+                                          run.rank, run.world)
+    test_batches = eval_batches(run.first_alone(partial(load, train=False, info=images.info)))
+    network = build(len(images.classes), args.use_aux_head, args.epochs * len(train_batches))
+    training.train_network(
+        run, network, train_batches, eval_batches(images.select(held_out)) if args.holdout else test_batches,
+        test_batches=test_batches if args.holdout else None, l2_reg=args.l2_reg, epochs=args.epochs, grad_bound=args.grad_bound,
+        lr=partial(training.cosine, epochs=args.epochs, lr_max=args.lr_max, lr_min=args.lr_min),
+        more={'images': images.info, 'classes': list(images.classes)})
 
 
 if __name__ == '__main__':

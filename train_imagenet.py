@@ -15,11 +15,22 @@ from functools import partial
 import image_files
 import training
 from architecture import Architecture
-from flags import FRACTION, POSITIVE, POSITIVE_INT, Parser, add, add_run_flags, run_program
+from flags import (
+    FRACTION,
+    POSITIVE,
+    POSITIVE_INT,
+    Parser,
+    add,
+    add_run_flags,
+    drop_without_effect,
+    run_program,
+    without_effect,
+)
 from model import NASNetworkImageNet
 from utils import Run, processes_here
 
 LR_PER_IMAGE = 0.1 / 128
+NO_EFFECT = ('momentum', 'cutout_size')  # flags of the reference that do nothing
 
 
 def parse_args() -> tuple[argparse.Namespace, Architecture]:
@@ -35,7 +46,10 @@ def parse_args() -> tuple[argparse.Namespace, Architecture]:
     add(group, 'decay_period', 'epochs between two such factors', 1, type=POSITIVE_INT)
     add(group, 'label_smooth', 'share of a label given to all classes', 0.1, type=FRACTION)
     add(group, 'grad_clip', 'gradients are clipped to this norm', 5.0, type=POSITIVE)
-    return training.parse_training_flags(parser)
+    without_effect(parser, *NO_EFFECT)
+    args, arch = training.parse_training_flags(parser)
+    drop_without_effect(args, *NO_EFFECT)
+    return args, arch
 
 
 def main() -> None:
@@ -47,21 +61,23 @@ def main() -> None:
               f'which is --lr={LR_PER_IMAGE * args.batch_size:g}', file=sys.stderr, flush=True)
     train_files, valid_files, classes = image_files.open_files(
         args.data, args.zip_file, args.lazy_load or args.mode == 'test', args.seed, processes_here(), run.is_first)
-    valid_batches = image_files.FileBatches(valid_files, args.eval_batch_size, run.device, args.workers, rank=run.rank,
-                                         world=run.world)
+    make = partial(image_files.FileBatches, device=run.device, workers=args.workers, rank=run.rank, world=run.world)
+    test_batches = make(valid_files, args.eval_batch_size)
 
     def build(use_aux_head: bool, steps: int = 1) -> NASNetworkImageNet:
         return NASNetworkImageNet(len(classes), args.layers, args.nodes, args.channels, args.keep_prob,
                                   args.drop_path_keep_prob, use_aux_head, steps, arch)
     if args.mode == 'test':
-        training.test_network(run, build, valid_batches)
+        training.test_network(run, build, test_batches)
         return
-    train_batches = image_files.FileBatches(train_files, args.batch_size, run.device, args.workers,
-                                         generator=run.generators['data'], rank=run.rank, world=run.world)
-    training.train_network(run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, valid_batches,
-                           l2_reg=args.l2_reg, classes=classes, epochs=args.epochs, grad_bound=args.grad_clip,
-                           label_smooth=args.label_smooth,
-                           lr=partial(training.step_decay, lr=args.lr, gamma=args.gamma, decay_period=args.decay_period))
+    chosen, held_out = training.parts(train_files.labels, args)
+    train_batches = make(train_files, args.batch_size, indices=chosen, generator=run.generators['data'])
+    eval_batches = make(train_files.evaluated(), args.eval_batch_size, indices=held_out) if args.holdout else test_batches
+    training.train_network(
+        run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, eval_batches,
+        test_batches=test_batches if args.holdout else None, l2_reg=args.l2_reg, epochs=args.epochs, grad_bound=args.grad_clip,
+        label_smooth=args.label_smooth, more={'classes': classes},
+        lr=partial(training.step_decay, lr=args.lr, gamma=args.gamma, decay_period=args.decay_period))
 
 
 if __name__ == '__main__':

@@ -13,8 +13,7 @@ next candidates. `next_phase` says what follows what; a checkpoint, written afte
 
 import argparse
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import search_cost
 import search_setup
 import training
 from architecture import Architecture
+from disk import write_lines
 from flags import UserError, run_program
 from model_search import score_pool
 from proposers import PROPOSERS, Known
@@ -62,8 +62,9 @@ class Search:
     """
 
     phases: tuple[str, ...]  # those of a round, in order, and the last one
+    trains_best = True  # whether those of the final ranking are trained once more
     has_work = True  # whether, after new architectures were asked for, anything is left to be measured
-    fields: tuple[str, ...] = ('phase', 'accuracies', 'fits')  # what a checkpoint holds beside networks and pool
+    fields: Mapping[str, type] = {'phase': str, 'accuracies': list, 'fits': int}  # in a checkpoint beside networks and pool
     extent: str  # the flag that says how long the search goes on
 
     def __init__(self, args: argparse.Namespace, run: Run):
@@ -71,10 +72,10 @@ class Search:
         self.vocabulary = architecture.vocabulary(args.child_nodes, args.search_space)
         self.checkpoint = run.output_dir / 'checkpoint.pt'
         self.pool: list[Architecture] = []  # best first, once it is measured; `load` takes the checkpoint's
-        if not os.path.exists(self.checkpoint):
+        if not self.checkpoint.exists():
             self.pool = search_setup.first_pool(args, self.vocabulary.operations, run.generators['search'])
         self.accuracies: list[float] = []  # of the pool when it was measured
-        self.born = list(range(len(self.pool)))  # how many architectures were proposed before each
+        self.born, self.first_count = list(range(len(self.pool))), len(self.pool)  # how many there were before each
         self.task = search_setup.open_task(args, run)
         self.settings = search_setup.settings_of(args)
         self.naos = search_setup.build_controllers(args, self.vocabulary, run.device)
@@ -89,40 +90,52 @@ class Search:
         """Do phase after phase to the end, with a checkpoint before the first and after each."""
         if self.resumed:
             self.run.resume(self.resumed, f'{self.progress()}, next: {self.phase}')
-        else:
+        self.log_start()
+        if not self.resumed:
             self.save()
         while self.phase != 'done':
             getattr(self, self.phase)()
             self.phase = next_phase(self)
             self.save()
-        final = self.run.output_dir / 'arch_pool.final'
-        best = final.read_text().splitlines() if self.args.child_rank_count and final.exists() else []
-        if best:
-            self.run.log(f'finished: the best architecture is {best[0]}; the ranked ones are in {final}, best first')
+        if final := self.final() if self.args.child_rank_count else []:
+            proposed = sum(self.born[self.pool.index(arch)] >= self.first_count for arch in final)
+            self.run.log(f'finished: the best architecture is {final[0]}; the ranked ones are in '
+                         f'{self.run.output_dir / "arch_pool.final"}, best first; {proposed} of these {len(final)} were '
+                         'proposed, the others drawn or given at the start')
         else:
             self.run.log(f'finished: none was trained from scratch to be ranked; the best by its score is {self.pool[0]}, the '
                          f'first of {self.run.output_dir / "arch_pool"}')
 
+    def final(self) -> list[Architecture]:
+        """The architectures of arch_pool.final, best first; none if it is not there."""
+        path = self.run.output_dir / 'arch_pool.final'
+        return [architecture.parse(line) for line in path.read_text().splitlines()] if path.exists() else []
+
     def load(self) -> dict[str, Any] | None:
         """Go on from the checkpoint in the output directory, if there is one; returns it. Raises UserError."""
         path = self.checkpoint
-        state = self.run.together(lambda: checkpoint.load(path) if os.path.exists(path) else None)
+        state = self.run.together(lambda: checkpoint.load(path) if path.exists() else None)
         if state is None:
             return None
         method = state['args'].get('method', self.args.method)
         if state.get('phase') not in (*self.phases, 'done') or method != self.args.method:
             raise UserError(f'{path} is not the checkpoint of a search by --method={self.args.method}; name another '
                             '--output_dir')
-        checkpoint.require(state, ('controller', 'pool', 'random', 'scaler', 'metrics_bytes', *self.fields), path)
+        checkpoint.require(state, self.fields | {'controller': list, 'pool': list, 'random': list, 'scaler': dict,
+                                                 'metrics_bytes': int}, path)
+        checkpoint.same_run(state, self.args, path)
         if len(state['controller']) != len(self.naos):
             raise UserError(f'{path} has {len(state["controller"])} controllers; give the --controller_members and '
                             '--controller_preset that the search began with')
         for nao, weights in zip(self.naos, state['controller'], strict=True):
             checkpoint.fill_model(nao, weights, path, NETWORK_FLAGS)
-        self.pool = [architecture.parse(line) for line in state['pool']]
+        try:
+            self.pool = [architecture.parse(line, self.args.child_nodes, self.vocabulary.operations) for line in state['pool']]
+        except (architecture.ArchitectureError, TypeError) as error:
+            raise UserError(f'{path}: its "pool" is damaged or of another --child_nodes ({error})') from None
         for name in self.fields:
             setattr(self, name, state[name])
-        self.born = state.get('born', list(range(len(self.pool))))
+        self.born, self.first_count = state.get('born', list(range(len(self.pool)))), state.get('first_count', len(self.pool))
         if self.phase == 'done':
             self.phase = self.reopen(state['args'])
         self.resumed = {name: state[name] for name in ('args', 'random', 'scaler', 'metrics_bytes')}
@@ -132,14 +145,13 @@ class Search:
         """The phase in which a finished search goes on if the flags ask for more than those `saved` did; else 'done'."""
         if saved.get(self.extent, math.inf) < getattr(self.args, self.extent):
             return self.after_measuring
-        ranked = candidates.read_results(self.run, 'rank')
-        return 'done' if all(str(arch) in ranked for arch in self.pool[:self.args.child_rank_count]) else 'rank'
+        return 'rank' if set(self.pool[:self.args.child_rank_count]) - set(self.final()) else 'done'
 
     def save(self, **more: Any) -> None:
         """Write the checkpoint; `more` goes into it."""
         state = {'model': {}, 'optimizer': {}, 'epoch': self.number(), 'step': 0,
                  'controller': [nao.state_dict() for nao in self.naos], 'pool': [str(arch) for arch in self.pool],
-                 'born': self.born, 'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
+                 'born': self.born, 'first_count': self.first_count, 'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
         self.run.save(state | {name: getattr(self, name) for name in self.fields} | more, *self.checkpoints())
 
     def checkpoints(self) -> list[Path]:
@@ -171,10 +183,15 @@ class Search:
         self.run.log(f'{what}: best {self.accuracies[0]:.4f}, mean {mean:.4f}, worst {self.accuracies[-1]:.4f}')
         self.run.write_metrics(kind='score', epoch=self.number(), accuracies=self.accuracies, best_arch=str(self.pool[0]))
 
+    def an_architecture(self) -> Architecture:
+        """One of the search space, for logged sizes, the same in every start of a search."""
+        return architecture.sample(1, self.args.child_nodes, self.vocabulary.operations, torch.Generator().manual_seed(0))[0]
+
     def shared_cost(self, step: float, count: int) -> list[search_cost.Part]:
         """The cost of the phases below: fits, and a ranking of the best of `count`, whose steps take `step` seconds."""
         recipe = search_setup.rank_recipe(self.args, self.task)
-        parts = [search_cost.ranking(self.run, recipe, step, min(self.args.child_rank_count, count))]
+        count = min(self.args.child_rank_count, count) if self.trains_best else 0
+        parts = [search_cost.ranking(self.run, recipe, step, count)]
         if self.after_measuring == 'fit':
             tokens = self.vocabulary.tokens(self.pool[:self.settings.batch_size], self.run.device)
             parts.append(search_cost.fits(self.run, self.naos[0], tokens, self.settings, self.fitted(),
@@ -220,27 +237,35 @@ class Search:
         lines, notes, state = self.run.together(ask)  # equal in all processes, down to the last rounding
         generator.set_state(state)
         self.run.log(f'{len(lines)} new architectures' + ''.join(f'; {what}: {value}' for what, value in notes.items()))
+        if not lines:
+            self.run.warn('no new architectures: all that were written are in the pool already; more --controller_lambdas, a '
+                          'larger --controller_top or longer fits write others')
         self.run.write_metrics(kind='new', epoch=self.number(), new=len(lines), per_lambda=notes.get('written per λ', {}))
+        born = max(self.born) + 1
         self.replace([architecture.parse(line) for line in lines])
-        self.born += range(max(self.born) + 1, max(self.born) + 1 + len(self.pool) - len(self.born))
+        self.born = self.born + list(range(born, born + len(lines)))
         self.write_pool('', self.pool)
 
     def rank(self) -> None:
-        """Train the best architectures from scratch, as the found one will be, and write arch_pool.final, if there are any."""
+        """Rank the best architectures, by trainings from scratch or by those they had, and write arch_pool.final, if any."""
         best = self.pool[:self.args.child_rank_count]
-        accuracies = candidates.train_all(self.run, search_setup.rank_recipe(self.args, self.task), best, self.number())
+        accuracies = self.rank_accuracies(best)
         for index, (arch, accuracy) in enumerate(zip(best, accuracies, strict=True)):
             self.run.write_metrics(kind='rank', index=index, accuracy=accuracy, arch=str(arch))
         ranked = sorted(zip(accuracies, best, strict=True), key=lambda pair: -pair[0])
         if ranked:
             self.write_pool('.final', [arch for _, arch in ranked], [accuracy for accuracy, _ in ranked])
 
+    def rank_accuracies(self, best: list[Architecture]) -> list[float]:
+        """What the best are ranked by."""
+        return candidates.train_all(self.run, search_setup.rank_recipe(self.args, self.task), best, self.number())
+
 
 class WeightSharingSearch(Search):
     """NAO-WS: a supernet trains on architectures of the pool, which it then scores."""
 
     phases = ('train', 'score', 'fit', 'propose', 'rank')
-    fields = (*Search.fields, 'epoch', 'step')
+    fields = Search.fields | {'epoch': int, 'step': int}
     extent = 'child_epochs'
 
     def __init__(self, args: argparse.Namespace, run: Run):
@@ -280,6 +305,9 @@ class WeightSharingSearch(Search):
     def score(self) -> None:
         """Score the pool, all on one validation batch."""
         run, batches = self.run, self.task.valid_batches(self.run)
+        if self.args.child_eval_batch_size < min(len(self.pool), batches.count):
+            run.warn(f'--child_eval_batch_size={self.args.child_eval_batch_size} images cannot tell {len(self.pool)} '
+                     f'architectures apart; there are {batches.count}')
         chosen = torch.randperm(batches.count, generator=run.generators['search'])[:self.args.child_eval_batch_size]
         images, labels = batches.batch(chosen.to(run.device))
         accuracies = score_pool(run, self.supernet, self.pool, images, labels)
@@ -309,7 +337,7 @@ class WeightSharingSearch(Search):
         """Go on from the checkpoint in the output directory, if there is one; returns it."""
         state = super().load()
         if state:
-            checkpoint.require(state, ('optimizer',), self.checkpoint)
+            checkpoint.require(state, {'optimizer': dict}, self.checkpoint)
             checkpoint.fill_model(self.supernet, state['model'], self.checkpoint, NETWORK_FLAGS)
             checkpoint.fill_optimizer(self.optimizer, state['optimizer'], self.checkpoint)
             self.step = self.epoch * len(self.batches)  # in today's steps, see training.train
@@ -340,7 +368,8 @@ class WeightSharingSearch(Search):
     def log_start(self) -> None:
         """Log sizes, arguments and the cost to come."""
         args, run, valid = self.args, self.run, self.task.valid_batches(self.run)
-        training.log_start(run, self.supernet, valid.size, self.pool[0])
+        training.log_start(run, self.batches, valid, self.supernet, self.an_architecture(),
+                           records=self.phase != 'done')
         if self.phase == 'done':
             return
         step = search_cost.seconds_of_step(run, self.supernet, args.child_batch_size, valid.size, self.pool[0])
@@ -358,8 +387,9 @@ class CompleteSearch(Search):
     """NAO, the complete way: each candidate is trained on its own, and the controller learns from all results so far."""
 
     phases = ('evaluate', 'fit', 'propose', 'rank')
-    fields = (*Search.fields, 'round')
+    fields = Search.fields | {'round': int}
     extent = 'rounds'
+    trains_best = False
 
     def __init__(self, args: argparse.Namespace, run: Run):
         super().__init__(args, run)
@@ -367,8 +397,13 @@ class CompleteSearch(Search):
 
     def evaluate(self) -> None:
         """Train the candidates that have no result yet, and sort all results."""
-        accuracies = candidates.train_all(self.run, search_setup.candidate_recipe(self.args, self.task), self.pool, self.round)
+        accuracies = candidates.train_all(self.run, search_setup.candidate_recipe(self.args, self.task), self.pool, self.round,
+                                          to_come=(self.args.rounds - self.round) * self.args.controller_new_arch)
         self.sort_pool(accuracies, f'round {self.round}: trained {len(self.pool)} architectures so far')
+
+    def rank_accuracies(self, best: list[Architecture]) -> list[float]:
+        """What the best are ranked by: their own trainings."""
+        return self.accuracies[:len(best)]
 
     def is_over(self) -> bool:
         """Whether no new architectures are wanted any more: all rounds are done."""
@@ -398,9 +433,10 @@ class CompleteSearch(Search):
 
     def log_start(self) -> None:
         """Log the sizes of the first candidate, arguments and the cost to come."""
-        args, run, size = self.args, self.run, self.task.valid_batches(self.run).size
-        network = run.place(search_setup.candidate_recipe(args, self.task).build(self.pool[0], 1))
-        training.log_start(run, network, size)
+        args, run, size = self.args, self.run, self.task.image_size
+        network = run.place(search_setup.candidate_recipe(args, self.task).build(self.an_architecture(), 1))
+        training.log_start(run, self.task.train_batches(run), self.task.valid_batches(run), network,
+                           records=self.phase != 'done')
         if self.phase == 'done':
             return
         count, steps = len(self.pool) + (args.rounds - self.round) * args.controller_new_arch, len(self.task.train_batches(run))
@@ -422,7 +458,6 @@ def main() -> None:
     search = SEARCHES[args.method](args, run)
     search.load()
     run.open_output(anew=search.resumed is None)
-    search.log_start()
     search.search()
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 import architecture
 import checkpoint
-from flags import BATCH, COUNT, KEEP, NOT_NEGATIVE, POSITIVE_INT, Parser, Stopped, UserError, add
+import datasets
+from flags import BATCH, CHANNELS, COUNT, KEEP, LAYERS, NODES, NOT_NEGATIVE, POSITIVE_INT, Parser, Stopped, UserError, add
 from model import count_madds, count_parameters
-from utils import LOG_EVERY, Run
+from utils import LOG_EVERY, Run, commit, processor
 
 NUMBER = (int, float, np.number, Tensor)  # what an accuracy in a checkpoint may be
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
@@ -51,24 +52,25 @@ class Meter:
     def __init__(self, run: Run):
         dtype = torch.float32 if run.device.type == 'mps' else torch.float64  # MPS has no double
         self.run, self.sums = run, torch.zeros(4, device=run.device, dtype=dtype)
-        self.start = time.perf_counter()
+        self.start, self.classes = time.perf_counter(), 0
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         """Count a batch: logits (batch, classes), labels (batch,), mean loss ()."""
-        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        self.classes = logits.shape[1]
+        right = logits.topk(min(5, self.classes), dim=1).indices == labels.unsqueeze(1)
         self.sums[:3] += torch.stack([loss * len(labels), right[:, 0].sum(), right.sum()])
         self.sums[3] += len(labels)
 
     def values(self, of_all: bool = True) -> dict[str, float]:
-        """Mean loss, top-1 and top-5 accuracy in per cent, images per second; waits for the device.
+        """Mean loss, top-1 and, of more than five classes, top-5 accuracy in per cent, images per second; waits for the device.
 
         Of all processes, which call it together, or of this one.
         """
         loss, top1, top5, images = (self.run.sum(self.sums.clone()) if of_all else self.sums).tolist()
         seconds = time.perf_counter() - self.start
-        return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images,
-                'images_per_second': images / seconds}
+        top5 = {'top5': 100 * top5 / images} if self.classes > 5 else {}  # of fewer classes all are among the first five
+        return {'loss': loss / images, 'top1': 100 * top1 / images, **top5, 'images_per_second': images / seconds}
 
 
 class Clock:
@@ -85,8 +87,14 @@ class Clock:
 
 def describe(values: dict[str, float]) -> str:
     """A meter's values as a log line shows them."""
-    return (f'loss {values["loss"]:.4f} top-1 {values["top1"]:.2f} % top-5 {values["top5"]:.2f} % '
-            f'{values["images_per_second"]:.0f} images/s')
+    top5 = f'top-5 {values["top5"]:.2f} % ' if 'top5' in values else ''
+    return f'loss {values["loss"]:.4f} top-1 {values["top1"]:.2f} % {top5}{values["images_per_second"]:.0f} images/s'
+
+
+def errors(values: dict[str, float]) -> str:
+    """A meter's values as the log shows a result."""
+    top5 = f' top-5 error {100 - values["top5"]:.2f} %' if 'top5' in values else ''
+    return f'loss {values["loss"]:.4f} top-1 error {100 - values["top1"]:.2f} %{top5}'
 
 
 def steps_of(batches: Iterable, max_steps: int | None = None) -> int:
@@ -210,13 +218,33 @@ def train(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train_ba
         yield Epoch(epoch + 1, step, rate, training, evaluation)
 
 
+def parts(labels: Tensor | list[int], args: argparse.Namespace) -> tuple[Tensor | range, Tensor | range]:
+    """Indices of the images that train and of those held out, as --train_images, --holdout and --seed say.
+
+    Raises UserError.
+    """
+    if not (args.holdout or args.train_images):
+        return range(len(labels)), range(0)
+    first, held_out = datasets.shuffled_split(len(labels), len(labels) - args.holdout, args.seed)
+    if len(first) < 2 or args.holdout >= len(labels):
+        raise UserError(f'--holdout={args.holdout} of {len(labels)} training images leaves none to train on')
+    if args.train_images:
+        labels = torch.as_tensor(labels).cpu()
+        if args.train_images > len(first):
+            raise UserError(f'--train_images={args.train_images}, but there are {len(first)}')
+        first = first[datasets.draw_balanced(labels[first], args.train_images, args.seed)]
+    return first.sort().values, held_out
+
+
 def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batches: Iterable, *, l2_reg: float,
-                  classes: list[str] | None = None, **options: Any) -> None:
+                  more: dict[str, Any], test_batches: Iterable | None = None, **options: Any) -> None:
     """Train a network to the end, from checkpoint.pt in the output directory if there is one; `options` go to `train`.
 
-    After each epoch a line of metrics.jsonl, checkpoint.pt, and checkpoint_best.pt if the test accuracy is the best so far,
-    are written. classes: their names, for the checkpoint.
+    After each epoch a line of metrics.jsonl, checkpoint.pt, and checkpoint_best.pt if the accuracy on eval_batches is the best
+    so far, are written. test_batches: what eval_batches are held out for; they are looked at once, at the end. more: what the
+    checkpoint holds besides.
     """
+    split = 'valid' if test_batches else 'test'
     model, path = run.place(model), run.output_dir / 'checkpoint.pt'
     if run.args.compile:
         run.compile_cells(model)
@@ -231,39 +259,67 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     run.open_output(anew=state is None)
     first = state['epoch'] if state else 0
     best = float(state['best_acc_top1']) if state else -1.0  # a first network that gets nothing right is the best so far
-    log_start(run, model, eval_batches.size)
+    last = state.get('last_acc_top1', math.nan) if state else math.nan
     if state:
         run.resume(state, f'epoch {first}')
-    for epoch in train(run, model, optimizer, train_batches, eval_batches, first=first, **options):
-        is_best, best = epoch.test['top1'] > best, max(best, epoch.test['top1'])
-        run.write_metrics(kind='epoch', epoch=epoch.done, step=epoch.step, lr=epoch.lr, train=epoch.train, test=epoch.test,
-                          best_acc_top1=best)
+    log_start(run, train_batches, eval_batches, model, records=first < options['epochs'])
+    for epoch in train(run, model, optimizer, train_batches, eval_batches, first=first, split=split, **options):
+        last = epoch.test['top1']
+        is_best, best = last > best, max(best, last)
+        run.write_metrics(kind='epoch', epoch=epoch.done, step=epoch.step, lr=epoch.lr, train=epoch.train,
+                          **{split: epoch.test}, best_acc_top1=best)
         save_every = run.args.save_every and epoch.done % run.args.save_every == 0
         paths = [run.output_dir / name for name, due in (
             (f'checkpoint_{epoch.done}.pt', save_every), ('checkpoint_best.pt', is_best), ('checkpoint.pt', True)) if due]
         run.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch.done, 'step': epoch.step,
-                  'best_acc_top1': best, 'arch': str(model.arch), 'classes': classes}, *paths)
-    run.log(f'finished: best test top-1 error {100 - best:.2f} %, checkpoints in {run.output_dir}')
+                  'best_acc_top1': best, 'last_acc_top1': last, 'arch': str(model.arch), **more}, *paths)
+    run.log(f'finished: best {split} top-1 error {100 - best:.2f} %, that of the last epoch {100 - last:.2f} %, checkpoints in '
+            f'{run.output_dir}')
+    if test_batches:
+        chosen = checkpoint.load_network(run.output_dir / 'checkpoint_best.pt')
+        checkpoint.fill_model(model, chosen['model'], run.output_dir / 'checkpoint_best.pt')
+        values = evaluate(run, model, test_batches)
+        run.log(f'test images, looked at once: {errors(values)}, of epoch {chosen["epoch"]}, which {eval_batches.count} '
+                'held-out images chose')
+        run.write_metrics(kind='final', epoch=chosen['epoch'], test=values)
+
+
+def tested(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The path of what --mode=test tests, and the checkpoint itself. Raises UserError."""
+    path = Path(args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt')
+    return path, checkpoint.load_network(path)
 
 
 def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Iterable) -> dict[str, float]:
     """Evaluate checkpoint_best.pt, or --checkpoint, and log its errors; build(use_aux_head) makes the network."""
-    path = run.args.checkpoint or run.output_dir / 'checkpoint_best.pt'
-    weights = checkpoint.load_network(path)['model']
+    path, state = tested(run.args)
+    weights = state['model']
     model = run.place(build(any(name.startswith('auxiliary_head.') for name in weights)))
     checkpoint.fill_model(model, weights, path)
     values = evaluate(run, model, eval_batches)
-    run.log(f'{path}: loss {values["loss"]:.4f} top-1 error {100 - values["top1"]:.2f} % '
-            f'top-5 error {100 - values["top5"]:.2f} % on {eval_batches.count} images')
+    run.log(f'{path}: {errors(values)} on {eval_batches.count} images')
     return values
 
 
-def log_start(run: Run, model: nn.Module, image_size: int, *extras: Any) -> None:
-    """Log what a reader wants to know first: device, sizes, arguments; `extras` go to the model after the image."""
+def log_start(run: Run, train_batches: Iterable, eval_batches: Iterable, model: nn.Module, *extras: Any,
+              records: bool = True) -> None:
+    """Log what a reader wants to know first: device, images, sizes, arguments; `extras` go to the model after the image.
+
+    records: whether the same goes to metrics.jsonl, as where something is left to do.
+    """
+    args, changed = vars(run.args), getattr(run.args, 'changed', [])
+    parameters, madds = count_parameters(model), count_madds(model, eval_batches.size, *extras)
     run.log(run.environment())
-    run.log(f'parameters {count_parameters(model):,} (without the auxiliary head), multiply-adds of one image '
-            f'{count_madds(model, image_size, *extras):,}')
-    run.log('arguments ' + ' '.join(f'--{key}={value}' for key, value in vars(run.args).items()))
+    run.log(f'images {train_batches.count:,} to train, {eval_batches.count:,} to evaluate, {len(eval_batches.classes)} '
+            f'classes, {eval_batches.size}×{eval_batches.size} pixels')
+    run.log(f'parameters {parameters:,} (without the auxiliary head), multiply-adds of one image {madds:,}')
+    run.log('arguments ' + ' '.join(f'--{name}={args[name]}' for name in changed) + ' and by default ' + ' '.join(
+        f'--{name}={value}' for name, value in args.items() if name not in changed))
+    if not records:
+        return
+    run.write_metrics(kind='start', date=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=commit(),
+                      processor=processor(), environment=run.environment(), args=args, changed=changed, parameters=parameters,
+                      multiply_adds=madds)
 
 
 # ------------------------------------------------------------------------------------- the flags of both training programs
@@ -274,9 +330,9 @@ def add_network_flags(parser: Parser, layers: int, channels: int, keep_prob: flo
     group.add_argument('--fixed_arc', '--arch', metavar='ARCH', help='the architecture: a line of integers, NAONet_A, NAONet_B '
                        'or the path of an arch_pool file')
     add(group, 'arc_index', 'which line of the arch_pool file, from 0', 0, type=COUNT)
-    add(group, 'layers', 'normal cells before, between and after the reduction cells', layers, type=POSITIVE_INT)
-    add(group, 'nodes', 'nodes of a cell', 5, type=POSITIVE_INT)
-    add(group, 'channels', 'channels of the first cells', channels, type=POSITIVE_INT)
+    add(group, 'layers', 'normal cells before, between and after the reduction cells', layers, type=LAYERS)
+    add(group, 'nodes', 'nodes of a cell (default: as many as the architecture has)', type=NODES)
+    add(group, 'channels', 'channels of the first cells', channels, type=CHANNELS)
     add(group, 'keep_prob', '1 - dropout before the classifier', keep_prob, type=KEEP)
     add(group, 'drop_path_keep_prob', '1 - drop path of the last cell at the end', drop_path, type=KEEP)
     add(group, 'use_aux_head', 'train with the auxiliary head', False, action='store_true')
@@ -291,6 +347,10 @@ def add_training_flags(parser: Parser, batch_size: int, eval_batch_size: int, ep
     add(group, 'eval_batch_size', 'images per evaluation step', eval_batch_size, type=POSITIVE_INT)
     add(group, 'epochs', 'how often all training images are seen', epochs, type=POSITIVE_INT)
     add(group, 'l2_reg', 'weight decay', l2_reg, type=NOT_NEGATIVE)
+    add(group, 'train_images', 'train on so many of the training images, drawn by the seed, as many of each class as it goes',
+        type=BATCH)
+    add(group, 'holdout', 'hold so many training images out: they choose the best epoch, and the test images are looked at '
+        'once, at the end; 0: the test images choose', 0, type=COUNT)
     add(group, 'compile', 'compile each cell with torch.compile (minutes, then faster on GPUs)', False, action='store_true')
 
 
@@ -302,10 +362,9 @@ def parse_training_flags(parser: Parser) -> tuple[argparse.Namespace, architectu
     """
     args = parser.parse_args()
     if args.mode == 'test':
-        path = args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt'
-        state = checkpoint.load_network(path)
+        path, state = tested(args)
         saved = state['args'] | {'fixed_arc': checkpoint.architecture_of(state)}
-        known = [f'--{name}={saved[name]}' for name in ('fixed_arc', 'arc_index', 'dataset', 'layers', 'nodes', 'channels')
+        known = [f'--{name}={saved[name]}' for name in ('fixed_arc', 'dataset', 'layers', 'nodes', 'channels')
                  if saved.get(name) is not None and hasattr(args, name)]
         try:
             args = parser.parse_args([*known, *sys.argv[1:]])
@@ -317,5 +376,5 @@ def parse_training_flags(parser: Parser) -> tuple[argparse.Namespace, architectu
         arch = architecture.read(args.fixed_arc, args.arc_index, args.nodes)
     except architecture.ArchitectureError as error:
         raise UserError(f'--fixed_arc: {error}') from None
-    args.fixed_arc, args.arc_index = str(arch), 0
+    args.fixed_arc, args.arc_index, args.nodes = str(arch), 0, len(arch.normal) // 4
     return args, arch

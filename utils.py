@@ -12,8 +12,10 @@ import inspect
 import json
 import math
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -131,6 +133,8 @@ class EventFile:
 
     def write(self, values: dict[str, Any]) -> None:
         """Mirror a record: numbers as curves (one for each key of a dict), lists as histograms, text as text."""
+        if values['kind'] == 'start':
+            return
         step = values.get('search_epoch', values.get('epoch', values.get('index')))
         if self.writer is None:
             self.writer = self.open_writer(purge_step=step if values['kind'] == 'epoch' else None)
@@ -200,6 +204,12 @@ class Run:
             print(line, flush=True)
             if self.early is not None:
                 self.early += f'{line}\n'
+
+    def warn(self, message: str) -> None:
+        """Print a warning on stderr."""
+        if self.is_first:
+            self.live.clear()
+            print(f'warning: {self.prefix}{message}', file=sys.stderr, flush=True)
 
     def together(self, function: Callable[[], Any]) -> Any:
         """What the first process's `function` returns, in all of them; its UserError too."""
@@ -429,6 +439,26 @@ class Run:
         name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else f'{torch.get_num_threads()} threads'
         processes = f', {self.world} processes' if self.world > 1 else ''
         return f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}'
+
+
+def commit() -> str | None:
+    """The commit of this project that runs, 'changed' if files differ from it; None where git does not say."""
+    try:
+        done = subprocess.run(['git', 'describe', '--always', '--dirty=, changed'], cwd=Path(__file__).parent, timeout=10,
+                              capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor() -> str:
+    """The processor's name, and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        name = next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return f'{name}, {cores} core{"s" * (cores > 1)}'
 
 
 def seconds_of(run: Run, function: Callable[[], Any]) -> float:

@@ -231,11 +231,12 @@ def zip_images(folder: Path, file: Path, leading: str = '') -> None:
             archive.write(path, Path(leading) / path.relative_to(folder))
 
 
-def metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl; fails on what strict JSON does not know (NaN, Infinity)."""
+def metrics(folder: Path, starts: bool = False) -> list[dict]:
+    """The lines of metrics.jsonl, without those of starts unless asked for; fails on what strict JSON does not know (NaN)."""
     def refuse(word: str) -> None:
         raise ValueError(f'{word} is not JSON')
-    return [json.loads(line, parse_constant=refuse) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    lines = [json.loads(line, parse_constant=refuse) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [line for line in lines if starts or line['kind'] != 'start']
 
 
 def without_speed(value: Any) -> Any:
@@ -269,8 +270,8 @@ def assert_equal(one: Any, other: Any, where: str = '') -> None:
 
 
 def files(folder: Path) -> list[str]:
-    """Names of everything below a folder, in order."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*'))
+    """Names of everything below a folder, in order, but for its log and lock, which every run has."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.name not in ('train.log', '.lock'))
 
 
 def assert_user_error(result: Result, *words: object) -> None:

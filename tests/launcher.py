@@ -5,6 +5,7 @@ Reads one JSON request a line: {"start": {argv, cwd, env, output, errors, preamb
 A process runs as `python argv[0] ...` does, in a session of its own; `preamble` is Python that runs before the program.
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -39,6 +40,7 @@ def program(request: dict) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
+    atexit._run_exitfuncs()  # as a process of its own would
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

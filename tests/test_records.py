@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import utils
+import disk
 
 NEEDED = {'rank': {'arch': str, 'accuracy': (int, float)}}
 GOOD = [{'kind': 'rank', 'arch': '0 1', 'accuracy': 0.5, 'more': [1]}, {'kind': 'of tomorrow'}]
@@ -24,7 +24,7 @@ def test_a_damaged_line_is_named_once_and_counts_as_not_there(line, tmp_path, ca
     path = tmp_path / 'metrics.jsonl'
     path.write_bytes(lines(GOOD[0]) + line + b'\n' + lines(GOOD[1]))
     for _ in range(2):
-        assert utils.read_records(path, NEEDED) == GOOD
+        assert disk.read_records(path, NEEDED) == GOOD
     warning, = capsys.readouterr().err.splitlines()
     assert warning.startswith(f'warning: {path}, line 2: ')
 
@@ -32,7 +32,7 @@ def test_a_damaged_line_is_named_once_and_counts_as_not_there(line, tmp_path, ca
 def test_several_damaged_lines_are_one_warning(tmp_path, capsys):
     path = tmp_path / 'metrics.jsonl'
     path.write_bytes(b'null\n' + lines(GOOD[0]) + b'\xff\n')
-    assert utils.read_records(path, NEEDED) == GOOD[:1]
+    assert disk.read_records(path, NEEDED) == GOOD[:1]
     assert f'{path}, lines 1, 3: ' in capsys.readouterr().err
 
 
@@ -41,7 +41,7 @@ def test_every_cut_of_the_last_line_is_read_in_silence(tmp_path, capsys):
     first = len(lines(GOOD[0]))
     for end in range(len(whole) + 1):
         path.write_bytes(whole[:end])
-        assert utils.read_records(path, NEEDED) == GOOD[:(end >= first - 1) + (end >= len(whole) - 1)]
+        assert disk.read_records(path, NEEDED) == GOOD[:(end >= first - 1) + (end >= len(whole) - 1)]
     assert not capsys.readouterr().err
 
 
@@ -49,5 +49,5 @@ def test_every_cut_of_the_last_line_is_read_in_silence(tmp_path, capsys):
 def test_no_bytes_end_in_a_traceback(tmp_path_factory, noise):
     path = tmp_path_factory.getbasetemp() / 'noise.jsonl'
     path.write_bytes(lines(GOOD[0]) + noise + b'\n' + lines(GOOD[1]))
-    records = utils.read_records(path, NEEDED)
+    records = disk.read_records(path, NEEDED)
     assert records[0] == GOOD[0] and records[-1] == GOOD[1]

@@ -259,7 +259,8 @@ def test_a_training_goes_on_from_a_best_accuracy_of_any_kind_of_number(best, tra
     ({'optimizer': None}, ['has no "optimizer"', '--mode=test', '--output_dir']), ({'epoch': None}, ['has no "epoch"']),
     ({'best_acc_top1': None}, ['has no "best_acc_top1"']), ({'optimizer': {}}, ['its "optimizer" is not']),
     ({'optimizer': {'state': {}, 'param_groups': []}}, ['its "optimizer" is not']),
-    ({'model': {'classifier.bias': 3}}, ['classifier.bias', 'not a tensor'])])
+    ({'model': {'classifier.bias': 3}}, ['is of another architecture or size']),
+    ({'epoch': 'x'}, ['its "epoch" is damaged']), ({'epoch': -1}, ['its "epoch" is damaged'])])
 def test_a_checkpoint_that_no_training_can_go_on_from_ends_in_one_line(change, words, trained, few, tmp_path):
     state = load(trained[0] / 'checkpoint.pt') | change
     torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / 'checkpoint.pt')
@@ -423,13 +424,14 @@ def test_a_checkpoint_of_another_program_is_refused(trained, few, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(batch_size, few, tmp_path):
     flags = [*FLAGS, f'--batch_size={batch_size}', f'--output_dir={tmp_path}']
     assert run(PROGRAM, *flags, '--epochs=1', preamble=few).status == 0
-    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path) if name != 'metrics.jsonl'}
     result = run(PROGRAM, *flags, '--lr_max=1e30', preamble=few)
     assert result.status == 1, result
     assert len(result.err.splitlines()) == 1
     for word in ('loss is', 'epoch 2/3', 'the last checkpoint is kept', 'smaller learning rate'):
         assert word in result.err
-    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert [line['epoch'] for line in metrics(tmp_path)] == [1]
     assert run(PROGRAM, *flags, preamble=few).status == 0  # with a sane learning rate it goes on
 
 
@@ -439,7 +441,7 @@ import os
 real, calls = os.fsync, []
 def fsync(descriptor):
     calls.append(None)
-    if len(calls) > 2:
+    if len(calls) > 5:  # start, epoch 1, two checkpoints, epoch 2
         raise OSError(28, 'No space left on device')
 os.fsync = fsync
 """

@@ -44,37 +44,10 @@ launch() {
   esac
 }
 
-# run PROGRAM FLAG...: run one of the programs, writing to $OUTPUT_DIR and appending to its train.log.
+# run PROGRAM FLAG...: run one of the programs, writing to $OUTPUT_DIR; the program keeps its own train.log there.
 run() {
-  local program=$1 made=() directory log new status=0 argument before=
+  local program=$1
   shift
-  for argument in "$@"; do  # the log lies where the program writes, also if a flag says where
-    case $before$argument in
-      --output_dir=*) OUTPUT_DIR=${argument#*=} ;;
-      --output_dir/*) OUTPUT_DIR=$argument ;;
-    esac
-    before=; [ "$argument" != --output_dir ] || before=--output_dir/
-  done
-  directory=$OUTPUT_DIR log=$OUTPUT_DIR/train.log
-  case " $* " in *' --help '* | *' -h '*)
-    launch "$root/$program" "$@"
-    return ;;
-  esac
-  new=$([ -e "$log" ] || echo yes)
-  while [ ! -e "$directory" ]; do
-    made+=("$directory")
-    directory=$(dirname "$directory")
-  done
-  if ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [ ! -w "$OUTPUT_DIR" ]; then
-    echo "error: OUTPUT_DIR=$OUTPUT_DIR cannot be written; name a directory that you may write to" >&2
-    exit 2
-  fi
-  if type -P nvidia-smi >/dev/null; then nvidia-smi || true; fi
-  # tee -i: Ctrl-C reaches the program, whose last line still belongs in the log; 3: the live line passes tee by
-  TERMINAL_FD=3 launch "$root/$program" --output_dir="$OUTPUT_DIR" "$@" 3>&2 2>&1 | tee -ai "$log" || status=$?
-  if [ "$status" = 2 ] && [ "$new" ] && [ ! -e "$OUTPUT_DIR/metrics.jsonl" ]; then  # a mistake in the flags: leave nothing
-    rm -f "$log"
-    [ "${#made[@]}" = 0 ] || rmdir "${made[@]}" 2>/dev/null || true
-  fi
-  return "$status"
+  case " $* " in *' --help '* | *' -h '*) ;; *) if type -P nvidia-smi >/dev/null; then nvidia-smi || true; fi ;; esac
+  launch "$root/$program" --output_dir="$OUTPUT_DIR" "$@"
 }
