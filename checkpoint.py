@@ -120,11 +120,11 @@ def fill_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path,
 def fill_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
     """Load a checkpoint's momentum, laid out in memory as the parameters are (the fused step needs that).
 
-    Weight decay and the like stay the new command's; train_epoch sets the learning rate. Raises UserError if it is not of the same parameters.
+    Weight decay and the like stay the new command's; train_epoch sets the learning rate. Raises UserError if it is not of
+    the same parameters.
     """
     try:
         groups = [{name: value for name, value in group.items() if name != 'lr'}
-                  for group in optimizer.param_groups]
                   for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, options in zip(optimizer.param_groups, groups, strict=True):
