@@ -32,7 +32,7 @@ from flags import (
 from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet, Supernet
 from proposers import PROPOSERS
-from utils import Run, processes_here
+from utils import Run
 
 PAPER = controller.PRESETS['paper']
 TRAIN_SHARE = 0.9  # of the training images; the rest validates
@@ -236,7 +236,7 @@ def open_small_images(args: argparse.Namespace, run: Run) -> Task:
 def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
     """ImageNet or another folder of images: a random 90 % of the training images train, the rest validates."""
     train_files, valid_files, classes = image_files.open_files(args.data, args.zip_file, args.lazy_load, args.seed,
-                                                            processes_here(), run.is_first, validates=False)
+                                                            run.store, run.is_first, validates=False)
     train_part, valid_part = datasets.shuffled_split(len(train_files), int(TRAIN_SHARE * len(train_files)), args.seed)
     if not len(train_part):
         raise UserError(f'--data={args.data}: a search needs at least 2 images in train, of which it validates with some')

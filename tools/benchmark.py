@@ -219,7 +219,7 @@ def image_batches(repeats: int, folder: str | None = None) -> tuple[float, float
         if not names:
             raise flags.UserError(f'--images={folder}: has no JPEG files')
         files = image_files.ImageFiles(place, [(name, 'photo') for name in names], ['photo'], 0, trains=True)
-        files.hold(1, show=False)
+        files.hold(show=False)
     transform = transforms.Compose([
         transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ColorJitter(.4, .4, .4, .2),
         transforms.ToTensor(), transforms.Normalize(image_files.IMAGENET_MEAN, image_files.IMAGENET_STD)])
