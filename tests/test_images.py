@@ -360,7 +360,8 @@ def test_evaluation_sees_the_middle_as_torchvision_does(height, width):
     wanted = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])(
         Image.fromarray(pixels))
     mine = image_files.middle(torch.from_numpy(pixels).permute(2, 0, 1))
-    assert mine.shape == wanted.shape and (mine.int() - wanted.int()).abs().max() <= 1
+    difference = (mine.int() - wanted.int()).abs()  # both round rows and columns, one after the other
+    assert mine.shape == wanted.shape and difference.max() <= 2 and (difference > 1).float().mean() < 1e-4
 
 
 @pytest.mark.parametrize('trains', [True, False])
