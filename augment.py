@@ -8,7 +8,7 @@ from torchvision import transforms
 
 SCALE, RATIO = (.08, 1.), (3 / 4, 4 / 3)  # of a random crop: its share of the image, its width by its height
 STRENGTHS = ((.6, 1.4), (.6, 1.4), (.6, 1.4), (-.2, .2))  # of brightness, contrast, saturation and hue
-CPU_IMAGES = 4  # that a CPU adjusts at once: its cache holds no more
+CPU_IMAGES = 2  # that a CPU adjusts at once: its cache holds no more
 GREY = (.2989, .587, .114)  # what red, green and blue add to a grey pixel
 
 

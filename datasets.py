@@ -200,7 +200,7 @@ def load(dataset: str, root: str | Path, train: bool, device: torch.device, fold
         folder = folder._replace(classes=info['classes'], size=info['size'])
     images, labels, classes = source.load(Path(root), train, folder)
     statistics = (source.mean, source.std) if source.mean else (info['mean'], info['std']) if info else measure(images)
-    mean, std = (torch.tensor(values, dtype=torch.float32, device=device).reshape(3, 1, 1) for values in statistics)
+    mean, std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in statistics)
     pixels = F.pad(pack(torch.from_numpy(images)), [CROP_PADDING] * 4)
     return ImageSet(pixels.to(device), torch.as_tensor(labels).to(device), mean, std, flip and source.flip, classes)
 

@@ -3,14 +3,17 @@
 A batch is (images (batch, 3, 224, 224) float in channels-last layout, labels (batch,) int64).
 """
 
+import contextlib
 import copy
 import math
-import multiprocessing
 import os
+import platform
 import sys
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +31,7 @@ IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 IMAGE_SIZE = 224  # pixels of a side of what a network sees; in evaluation the middle of a short side of 256
 TRAIN, VALID = ('train',), ('valid', 'val')  # what the folders are called
 SEEN = 4  # a long side of more short sides than this is cut before anything is computed
+LONGEST_READ = timedelta(days=2)  # that the other processes of a machine wait for the first
 LOOKED_AT = 8  # images of a set that are decoded at its opening: one of them must be one
 
 
@@ -70,7 +74,8 @@ class ImageFiles(torch.utils.data.Dataset):
         self.files = Files(place)
         self.labels = label(place, images, classes, show)
         self.seed, self.trains = seed, trains
-        self.buffer, self.offsets = None, None
+        self.memory: Tensor | None = None  # once held: where each file begins, and the last ends; then the files
+        self.path = ''  # by which other processes find it
 
     def __len__(self) -> int:
         return len(self.names)
@@ -81,37 +86,75 @@ class ImageFiles(torch.utils.data.Dataset):
         other.trains = False
         return other
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | ({'memory': None} if self.path else {})  # for spawned workers, which attach to it
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        if self.path:
+            self.attach()
+
     def read(self, index: int) -> bytes:
         """The encoded file."""
-        if self.buffer is not None:
-            return self.buffer[self.offsets[index]:self.offsets[index + 1]].numpy().tobytes()
-        return self.files.read(self.names[index])
+        if self.memory is None:
+            return self.files.read(self.names[index])
+        first, last = self.memory[8 * index:8 * index + 16].view(torch.int64).tolist()
+        return self.memory[first:last].numpy().tobytes()
 
-    def hold(self, processes: int, show: bool) -> None:
-        """Read all files into one buffer, in parallel; if it does not fit into the memory, say so and stay lazy.
+    def attach(self) -> None:
+        """Map the memory that another process holds; where it cannot be reached, stay lazy."""
+        with contextlib.suppress(OSError, RuntimeError):  # in another container
+            self.memory = torch.from_file(self.path, shared=True, size=os.stat(self.path).st_size, dtype=torch.uint8)
 
-        processes: how many on this machine hold it; show: whether to print a progress bar.
+    def hold(self, show: bool, store: torch.distributed.Store | None = None) -> None:
+        """Read all files into memory, in parallel; if they do not fit, say so and stay lazy.
+
+        show: whether to print what happens. store: that of the run's processes; with it the first of each machine reads,
+        and the others wait and share its memory, which goes when the last of them ends. Without, each has its own.
         """
-        offsets = torch.tensor([0, *self.files.sizes(self.names)]).cumsum(0)
-        needed, free = int(offsets[-1]), available_memory() / processes
+        if not hasattr(os, 'memfd_create'):  # not Linux
+            store = None
+        key = f'{platform.node()} {os.environ.get("GROUP_RANK", 0)} {self.place}'
+        if store is not None and os.environ.get('LOCAL_RANK', '0') != '0':
+            store.wait([key], LONGEST_READ)
+            self.path = store.get(key).decode()
+            if self.path:
+                self.attach()
+            return
+        offsets = torch.tensor([8 * (len(self) + 1), *self.files.sizes(self.names)]).cumsum(0)
+        needed, copies = int(offsets[-1]), 1 if store is not None else int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        free = available_memory() / copies
         if needed > 0.9 * free:
             if show:
                 print(f'{self.place}: {needed / 2**30:.1f} GiB do not fit into the {free / 2**30:.1f} GiB of memory that are '
                       'free; reading lazily', file=sys.stderr, flush=True)
-            return
-        buffer = torch.empty(needed, dtype=torch.uint8)
-        if multiprocessing.get_start_method() != 'fork':
-            buffer.share_memory_()  # forked workers share it anyway
+        else:
+            self.fill(offsets, show)
+        if store is not None:
+            store.set(key, self.path)
+
+    def fill(self, offsets: Tensor, show: bool) -> None:
+        """Read the files into new memory, each where `offsets` (count + 1,) int64 say."""
+        if hasattr(os, 'memfd_create'):
+            descriptor = os.memfd_create('images')  # in memory only; its name leads there as long as it is open
+            os.truncate(descriptor, int(offsets[-1]))
+            path = f'/proc/{os.getpid()}/fd/{descriptor}'
+            memory = torch.from_file(path, shared=True, size=int(offsets[-1]), dtype=torch.uint8)
+            weakref.finalize(memory, os.close, descriptor)
+        else:
+            path, memory = '', torch.empty(int(offsets[-1]), dtype=torch.uint8).share_memory_()
+        memory[:8 * len(offsets)].view(torch.int64).copy_(offsets)
+        places = offsets.tolist()
 
         def fill(index: int) -> None:
-            place = buffer.numpy()[int(offsets[index]):int(offsets[index + 1])]
+            place = memory.numpy()[places[index]:places[index + 1]]
             try:
-                place[:] = np.frombuffer(self.read(index), dtype=np.uint8)
+                place[:] = np.frombuffer(self.files.read(self.names[index]), dtype=np.uint8)
             except UNREADABLE:
                 place[:] = 0  # which is no image: it counts as broken when its turn comes
         for_each(len(self), fill, 16, str(self.place), show)
         self.files.archives.clear()
-        self.buffer, self.offsets = buffer, offsets.tolist()
+        self.memory, self.path = memory, path
 
     def check(self) -> None:
         """Raise UserError if there is nothing that can be decoded among some of the images."""
@@ -209,13 +252,20 @@ class FileBatches:
                 raise UserError(f'{self.files.place}: all images of a batch are broken; copy the data anew, or remove them')
 
 
-def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, processes: int = 1, show: bool = True,
-               validates: bool = True) -> tuple[ImageFiles, ImageFiles, list[str]]:
+def meet(store: torch.distributed.Store, name: str) -> None:
+    """Wait for all processes of the run, however long they read: none must do so in a collective operation, which gives up."""
+    if store.add(name, 1) == int(os.environ.get('WORLD_SIZE', 1)):
+        store.set(f'{name}: all', '')
+    store.wait([f'{name}: all'], LONGEST_READ)
+
+
+def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, store: torch.distributed.Store | None = None,
+               show: bool = True, validates: bool = True) -> tuple[ImageFiles, ImageFiles, list[str]]:
     """The training and the validation images below `root`, and the names of the classes. Raises UserError.
 
-    zipped: read train.zip and valid.zip; lazy: do not hold the files in memory; processes: how many on this machine do;
-    show: whether to print warnings and progress; validates: False takes the training images for the validation too, and
-    looks for no others.
+    zipped: read train.zip and valid.zip; lazy: do not hold the files in memory; store: that of several processes, to have
+    one copy of them on each machine; show: whether to print warnings and progress; validates: False takes the training
+    images for the validation too, and looks for no others.
     """
     train = find_images(Path(root), TRAIN, zipped)
     classes = sorted({name for _, name in train[1]})
@@ -225,5 +275,7 @@ def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, processes:
     for files in sets:
         files.check()
         if not lazy:
-            files.hold(processes, show)
+            files.hold(show, store)
+    if store is not None and not lazy:
+        meet(store, f'images of {root}')
     return sets[0], sets[1] if validates else sets[0].evaluated(), classes

@@ -39,7 +39,7 @@ from flags import (
 from model import AUX_HEAD_IMAGE, FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet, check_image_size
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet, Supernet
 from proposers import PROPOSERS
-from utils import Run, processes_here
+from utils import Run
 
 PAPER = controller.PRESETS['paper']
 TRAIN_SHARE = 0.9  # of the training images; the rest validates
@@ -290,7 +290,7 @@ def open_small_images(args: argparse.Namespace, run: Run) -> Task:
 def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
     """ImageNet or another folder of images of any size."""
     train_files, valid_files, classes = image_files.open_files(args.data, args.zip_file, args.lazy_load, args.seed,
-                                                               processes_here(), run.is_first, validates=False)
+                                                               run.store, run.is_first, validates=False)
     train, valid = split_images(train_files.labels, args)
 
     def train_batches(run: Run) -> Iterable:

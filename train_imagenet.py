@@ -27,7 +27,7 @@ from flags import (
     without_effect,
 )
 from model import NASNetworkImageNet
-from utils import Run, processes_here
+from utils import Run
 
 LR_PER_IMAGE = 0.1 / 128
 NO_EFFECT = ('momentum', 'cutout_size')  # flags of the reference that do nothing
@@ -60,7 +60,7 @@ def main() -> None:
         print(f'warning: --lr={args.lr:g} with --batch_size={args.batch_size}: the published results keep 0.1 per 128 images, '
               f'which is --lr={LR_PER_IMAGE * args.batch_size:g}', file=sys.stderr, flush=True)
     train_files, valid_files, classes = image_files.open_files(
-        args.data, args.zip_file, args.lazy_load or args.mode == 'test', args.seed, processes_here(), run.is_first)
+        args.data, args.zip_file, args.lazy_load or args.mode == 'test', args.seed, run.store, run.is_first)
     make = partial(image_files.FileBatches, device=run.device, workers=args.workers, rank=run.rank, world=run.world)
     test_batches = make(valid_files, args.eval_batch_size)
 

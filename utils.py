@@ -81,11 +81,6 @@ def default_generator(device: torch.device) -> torch.Generator | None:
     return torch.default_generator if device.type == 'cpu' else None
 
 
-def processes_here() -> int:
-    """How many processes of the run share this machine."""
-    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-
-
 class EvenDataParallel(DataParallel):
     """DataParallel that leaves a GPU out where the last one would get a single image, on which batch-norm cannot train."""
 
@@ -164,6 +159,7 @@ class Run:
         self.device = choose_device(args.device)
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.independent, self.prefix, self.early = False, '', ''
+        self.store = None  # where several processes meet
         if self.world > 1:
             self.store, *_ = next(dist.rendezvous('env://'))
             dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10),

@@ -360,7 +360,8 @@ def test_evaluation_sees_the_middle_as_torchvision_does(height, width):
     wanted = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])(
         Image.fromarray(pixels))
     mine = image_files.middle(torch.from_numpy(pixels).permute(2, 0, 1))
-    assert mine.shape == wanted.shape and (mine.int() - wanted.int()).abs().max() <= 1
+    difference = (mine.int() - wanted.int()).abs()  # both round rows and columns, one after the other
+    assert mine.shape == wanted.shape and difference.max() <= 2 and (difference > 1).float().mean() < 1e-4
 
 
 @pytest.mark.parametrize('trains', [True, False])
@@ -473,7 +474,7 @@ def test_one_broken_image_of_a_hundred_is_named_once_and_left_out(kind, lazy, tm
     place, images = find_images(tmp_path, ['train'], False)
     files = ImageFiles(place, images, ['one'], 0, trains=False)
     if not lazy:
-        files.hold(1, False)
+        files.hold(False)
     for training, seen in ((True, 100), (False, 99)):  # another image of its batch takes its place in training
         batches = FileBatches(files, 10, CPU, 0, generator=torch.Generator() if training else None)
         assert [sum(len(batch[1]) for batch in batches) for _ in range(2)] == [seen, seen]
@@ -493,7 +494,7 @@ def test_a_broken_entry_of_a_zip_is_a_broken_image(lazy, tmp_path, monkeypatch, 
     place, images = find_images(tmp_path, ['train'], True)
     files = ImageFiles(place, images, ['one'], 0, trains=False)
     if not lazy:
-        files.hold(1, False)
+        files.hold(False)
     assert sum(len(labels) for _, labels in FileBatches(files, 10, CPU, 0)) == 99
     assert capsys.readouterr().err == f'warning: {place}/one/042.JPEG: is broken or cut off; left out\n'
 
@@ -526,7 +527,7 @@ def test_a_set_that_does_not_fit_into_the_memory_is_read_lazily(root, monkeypatc
     size = sum(path.stat().st_size for path in (root / 'valid').rglob('*.JPEG'))
     monkeypatch.setattr(image_files, 'available_memory', lambda: size / 0.8)
     train, valid, _ = image_files.open_files(root, False, False, 5)
-    assert train.buffer is None and valid.buffer is not None
+    assert train.memory is None and valid.memory is not None
     _, *lines = capsys.readouterr().err.splitlines()  # the first is about a class that valid lacks
     assert len(lines) == 2 and 'train: 0.0 GiB do not fit into the 0.0 GiB of memory that are free; reading lazily' in lines[0]
     assert lines[1].endswith('valid: 5/5 files in memory')
@@ -534,12 +535,13 @@ def test_a_set_that_does_not_fit_into_the_memory_is_read_lazily(root, monkeypatc
     assert_equal_batches(list(batches), expected[0][0])
 
 
-def test_several_processes_of_a_machine_share_its_memory(root, monkeypatch):
+def test_processes_that_cannot_share_divide_the_memory(root, monkeypatch):
     size = sum(path.stat().st_size for path in (root / 'train').rglob('*.JPEG'))
     monkeypatch.setattr(image_files, 'available_memory', lambda: 3 * size)
     for processes, held in ((2, True), (4, False)):
-        train, *_ = image_files.open_files(root, False, False, 5, processes, show=False)
-        assert (train.buffer is not None) == held
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+        train, *_ = image_files.open_files(root, False, False, 5, show=False)
+        assert (train.memory is not None) == held
 
 
 def test_files_in_memory_are_not_read_again(root, tmp_path, expected):
@@ -548,7 +550,7 @@ def test_files_in_memory_are_not_read_again(root, tmp_path, expected):
     files, *_ = image_files.open_files(tmp_path, False, False, 5, show=False)
     for part in ('train', 'valid'):
         (tmp_path / part).unlink()
-    assert files.buffer.dtype == torch.uint8 and files.buffer.dim() == 1
+    assert files.memory is not None
     batches = FileBatches(files, 4, CPU, 2, generator=torch.Generator().manual_seed(5))
     assert_equal_batches(list(batches), expected[0][0])
 
@@ -608,6 +610,72 @@ def test_workers_share_the_files_in_memory_without_a_copy_each(tmp_path):
           f'to the workers {", ".join(f"{value:.0f}" for value in private[4])} MB')
     assert all(value < 60 for value in private[4])
     assert total[4] < total[0] + 4 * 150  # a copy each would be 800; forked processes add some pages of their own
+
+
+def images_of_a_process(root, rank, store, pipe, hold, world=2):
+    """In a process of its own, the `rank`-th of a machine: hold the images, report memory and what was read."""
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    reads = []
+    real, image_files.Files.read = image_files.Files.read, lambda self, name: reads.append(name) or real(self, name)
+    store = torch.distributed.FileStore(store, world) if hold == 'shared' else None
+    files, *_ = image_files.open_files(root, False, False, 0, store, show=False, validates=False)
+    held = sum(len(files.read(index)) for index in range(len(files)))
+    content = zlib.crc32(b''.join(files.read(index) for index in range(len(files))))
+    pipe.send((len(reads), held, content))
+    pipe.recv()  # all have read
+    pipe.send(memory_of(os.getpid()))
+    pipe.recv()  # nobody leaves before all have looked
+
+
+@pytest.mark.skipif(not hasattr(os, 'memfd_create'), reason='the system has no such memory')
+def test_the_processes_of_a_machine_hold_one_copy(tmp_path):
+    many(tmp_path / 'train', 50)
+    for index, path in enumerate(sorted((tmp_path / 'train').rglob('*.JPEG'))):
+        with open(path, 'ab') as file:
+            file.write(np.random.RandomState(index).bytes(2_000_000))
+    size = sum(path.stat().st_size for path in (tmp_path / 'train').rglob('*.JPEG'))
+    total, context = {}, multiprocessing.get_context('fork')
+    for hold in ('each', 'shared'):
+        pipes, processes = [], []
+        for rank in range(2):
+            here, there = multiprocessing.Pipe()
+            pipes.append(here)
+            processes.append(context.Process(target=images_of_a_process, args=(
+                tmp_path, rank, str(tmp_path / 'store'), there, hold)))
+            processes[-1].start()
+        seen = [pipe.recv() for pipe in pipes]
+        for pipe in pipes:
+            pipe.send(None)
+        total[hold] = sum(pipe.recv()[0] for pipe in pipes)
+        for pipe, process in zip(pipes, processes, strict=True):
+            pipe.send(None)
+            process.join()
+            assert process.exitcode == 0
+        assert [held for _, held, _ in seen] == [size, size] and seen[0][2] == seen[1][2]
+        assert seen[1][0] == (1 if hold == 'shared' else 51)  # one image is looked at in opening
+    print(f'\n{size / 2**20:.0f} MB in two processes: {total["each"]:.0f} MB each for itself, {total["shared"]:.0f} MB shared')
+    assert total['each'] - total['shared'] > 0.8 * size / 2 ** 20
+
+
+def test_what_does_not_fit_is_lazy_in_all_processes_of_a_machine(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, 'available_memory', lambda: 10)
+    store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
+    for rank in ('0', '1'):
+        monkeypatch.setenv('LOCAL_RANK', rank)
+        files, *_ = image_files.open_files(root, False, False, 0, store, show=False, validates=False)
+        assert files.memory is None
+
+
+@pytest.mark.skipif(not hasattr(os, 'memfd_create'), reason='the system has no such memory')
+def test_held_images_go_to_spawned_workers_by_name_and_go_with_the_last_holder(root):
+    files, *_ = image_files.open_files(root, False, False, 0, show=False)
+    data = pickle.dumps(files)
+    assert len(data) < 5000
+    path, copy = files.path, pickle.loads(data)
+    assert copy.read(3) == files.read(3) == (root / 'train' / files.names[3]).read_bytes()
+    del files
+    assert not os.path.exists(path) and copy.read(3)
 
 
 # ------------------------------------------------------------------------------------------------- shares of processes

@@ -10,6 +10,7 @@ numbers from noisy or different machines can be compared. Each row runs in a pro
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -17,8 +18,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +35,7 @@ import architecture
 import controller
 import datasets
 import flags
+import image_files
 import training
 import utils
 from model import NASNetworkCIFAR
@@ -190,10 +194,56 @@ def cifar_batches(repeats: int) -> tuple[float, float, float]:
     return seconds, rate, rate * seconds_of(per_image, max(1, repeats // 3)) / 1000
 
 
+def write_photos(folder: Path, count: int = 32) -> None:
+    """Write JPEGs of ImageNet's usual size, 500×375 pixels in about 60-110 kB: soft colours under noise."""
+    random = np.random.default_rng(0)
+    for index in range(count):
+        size = (500, 375) if index % 4 else (375, 500)
+        soft = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        noise = random.normal(0, 8 + 2 * (index % 4), (size[1], size[0], 3))
+        pixels = (np.asarray(soft) + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f'{index}.JPEG', quality=90)
+
+
+def image_batches(repeats: int, folder: str | None = None) -> tuple[float, float, float]:
+    """What one worker process does for a batch of all images of a folder, or of ones made here, read from memory: decode,
+    crop, resize. The ratio is that of its rate to the per-image transforms of other code, which also flip, change colours and
+    normalise there; here the device does that for the whole batch. Both in turn, the ratio is the median of the rounds'.
+    """
+    torch.set_num_threads(1)  # as in a worker
+    with tempfile.TemporaryDirectory() as made:
+        if folder is None:
+            write_photos(Path(made))
+        place = Path(folder or made)
+        names = [path.name for path in sorted(place.iterdir()) if path.suffix.lower() in ('.jpg', '.jpeg')]
+        if not names:
+            raise flags.UserError(f'--images={folder}: has no JPEG files')
+        files = image_files.ImageFiles(place, [(name, 'photo') for name in names], ['photo'], 0, trains=True)
+        files.hold(show=False)
+    transform = transforms.Compose([
+        transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ColorJitter(.4, .4, .4, .2),
+        transforms.ToTensor(), transforms.Normalize(image_files.IMAGENET_MEAN, image_files.IMAGENET_STD)])
+
+    def worker(epoch: int) -> None:
+        image_files.collate([files[epoch, index] for index in range(len(files))], full=True)
+
+    def per_image(epoch: int) -> None:
+        torch.stack([transform(Image.open(io.BytesIO(files.read(index))).convert('RGB')) for index in range(len(files))])
+    rounds = []
+    for epoch in range(max(3, repeats) + 1):
+        times = [time.perf_counter()]
+        for function in (worker, per_image):
+            function(epoch)
+            times.append(time.perf_counter())
+        rounds.append((times[1] - times[0], times[2] - times[1]))
+    seconds = statistics.median(mine for mine, _ in rounds[1:])  # the first warms up
+    return seconds, len(files) / seconds, statistics.median(theirs / mine for mine, theirs in rounds[1:])
+
+
 ROWS: dict[str, Callable[[int], tuple]] = {
     'naonet_a_36_step': naonet_step('NAONet_A'), 'naonet_b_36_step': naonet_step('NAONet_B'), 'supernet_step': supernet_step,
     'score': score, 'controller_epoch': controller_epoch, 'new_architectures': new_architectures,
-    'cifar_batches': cifar_batches,
+    'cifar_batches': cifar_batches, 'image_batches': image_batches,
 }
 
 def score_whole_pool(count: int) -> tuple[float, float]:
@@ -236,9 +286,9 @@ def run_row(name: str, repeats: int) -> dict[str, float | str]:
     return row | ({'ratio': ratio[0]} if ratio else {})
 
 
-def run_in_own_process(name: str, repeats: int) -> dict[str, float | str]:
+def run_in_own_process(name: str, repeats: int, images: str | None) -> dict[str, float | str]:
     """Measure one row in a process of its own, so that its peak memory is its own."""
-    command = [sys.executable, __file__, '--row', name, '--repeats', str(repeats)]
+    command = [sys.executable, __file__, '--row', name, '--repeats', str(repeats), *([f'--images={images}'] if images else [])]
     environment = {'GLIBC_TUNABLES': GLIBC_TUNABLES} | os.environ  # as the scripts do
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
@@ -252,8 +302,13 @@ def main() -> None:
     parser.add_argument('--json', metavar='FILE', help='also write the results there')
     parser.add_argument('--compare', metavar='FILE', help='print ratios to the results in this file')
     parser.add_argument('--repeats', type=flags.POSITIVE_INT, default=5, help='measurements of a row; the median counts')
+    parser.add_argument('--images', metavar='DIR', help='a folder of JPEGs for image_batches (default: made ones)')
     parser.add_argument('--row', help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.images and not Path(args.images).is_dir():
+        raise flags.UserError(f'--images={args.images}: is not a folder')
+    if args.images:
+        ROWS['image_batches'] = partial(image_batches, folder=args.images)
     if args.row:
         print(json.dumps(run_row(args.row, args.repeats)))
         return
@@ -266,7 +321,7 @@ def main() -> None:
     print(f'{"row":34}{"seconds":>10}{"per second":>12}{"normalised":>12}{"peak MB":>9}  ')
     rows = []
     for name in [args.only] if args.only else GROWTH if args.growth else ROWS:
-        row = run_in_own_process(name, args.repeats)
+        row = run_in_own_process(name, args.repeats, args.images)
         rows.append(row)
         ratio = f'{row["ratio"]:.1f}x per-image transforms' if 'ratio' in row else ''
         if name in old:
