@@ -266,15 +266,9 @@ def count_parameters(model: nn.Module) -> int:
 def count_madds(model: nn.Module, image_size: int, *extras: Any) -> int:
     """Multiply-adds of the convolutions and linear layers for one image; `extras` go to the model after the image.
 
-    They are counted on a copy without values, where no other operation is computed as a convolution (see kernels.py).
+    They are counted on a copy without values, where every operation has its plain form (see kernels.py).
     """
-    model, zeros = copy.deepcopy(model).to('meta').eval(), []
-
-    def count_zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        zeros.append(3 * inputs[0].shape[1] * output.numel())  # three of the four pixels of its 2×2 convolution
-    for module in model.modules():
-        if isinstance(module, FactorizedReduce):
-            module.register_forward_hook(count_zeros)
+    model = copy.deepcopy(model).to('meta').eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, image_size, image_size, device='meta'), *extras)
-    return counter.get_total_flops() // 2 - sum(zeros)
+    return counter.get_total_flops() // 2

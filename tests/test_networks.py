@@ -71,6 +71,7 @@ def test_a_thousand_random_architectures_run_through_the_supernet(nodes, count, 
         assert aux_logits is None
 
 
+@pytest.mark.usefixtures('form')
 @settings(max_examples=30)
 @given(architectures(nodes=3, operations=SEARCH_SPACES['small']), st.booleans())
 def test_gradients_of_random_architectures_are_finite(arch, weight_sharing):
@@ -102,6 +103,7 @@ def test_an_impossible_architecture_raises_the_errors_of_the_encoding():
         fixed(NAONET_A, nodes=4)
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('size', [64, 224])
 def test_imagenet_networks_run_and_only_train_with_the_auxiliary_head(size):
     aux = size == 224  # the auxiliary head wants 7×7 pixels
@@ -207,6 +209,7 @@ def statistics(model):
             if name.endswith('running_mean')}
 
 
+@pytest.mark.usefixtures('form')
 def test_scoring_uses_and_updates_the_statistics_of_every_batch_norm_after_the_stem():
     torch.manual_seed(0)
     model = supernet(nodes=1, layers=1, channels=4).eval()
@@ -243,6 +246,7 @@ def used_by(norm, cell):
     return operation == 4 and int(parts[4][-1]) - 1 == state
 
 
+@pytest.mark.usefixtures('form')
 def test_scores_do_not_depend_on_running_statistics_but_for_the_stem():
     torch.manual_seed(0)
     model = supernet(nodes=1, channels=4).eval()
@@ -264,6 +268,7 @@ def test_evaluating_without_bn_train_changes_no_statistics():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.usefixtures('form')
 def test_x_and_y_have_reduction_modules_of_their_own():
     model = supernet(nodes=2)
     arch = ((0, 2, 1, 2, 0, 2, 1, 2), (0, 2, 1, 4, 0, 3, 0, 4))
@@ -277,6 +282,7 @@ def test_x_and_y_have_reduction_modules_of_their_own():
 
 # ------------------------------------------------------------------------------------------------------------- gradients
 
+@pytest.mark.usefixtures('form')
 @settings(max_examples=30)
 @given(architectures(nodes=2, operations=SEARCH_SPACES['small']))
 def test_only_the_sampled_path_gets_gradients(arch):
