@@ -49,13 +49,18 @@ class State:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch-norm that can use, and update, the batch's statistics although it is in eval mode."""
+    """Batch-norm that can use, and update, the batch's statistics although it is in eval mode.
+
+    counted_together: its network counts its batches, together with those of others (model.Backbone.count_batch).
+    """
+
+    counted_together = False
 
     def forward(self, x: Tensor, bn_train: bool = False) -> Tensor:
         """(batch, channels, h, w) -> the same, normalised; by the batch's statistics in training or with `bn_train`."""
         if not (self.training or bn_train):
             return super().forward(x)
-        if self.training:
+        if self.training and not self.counted_together:
             self.num_batches_tracked.add_(1)
         return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.momentum, self.eps)
 
