@@ -4,36 +4,19 @@ Paper, sections 3.2-3.4. An architecture is a row of tokens (architecture.Vocabu
 position is data, so that any search space fits. All tensors are (batch, length, features) or (batch, length).
 """
 
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import linear, log_softmax, tanh
+import kernels
 
 START = 0  # the token that a decoder begins with
 LOG_EVERY = 100  # epochs between two reports of a fit
-ALIGNMENT = 64  # numbers; the parts of a whole begin at multiples of it
-
-
-def run_lstm(rnn: nn.LSTM, embedding: nn.Embedding, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The outputs (batch, steps, hidden) of an LSTM that reads `tokens` (batch, steps, k), k embeddings side by side.
-
-    An embedding is a choice of row, so the first layer's input weights are multiplied with the few rows of the embedding
-    once, and one-hot tokens choose among the products: the same outputs for half the arithmetic.
-    """
-    first, *others = rnn.all_weights
-    weight = torch.cat([part @ embedding.weight.T for part in first[0].chunk(tokens.shape[2], dim=1)], dim=1)
-    chosen = weight.new_zeros(*tokens.shape, embedding.num_embeddings).scatter_(3, tokens.unsqueeze(3), 1).flatten(2)
-    if state is None:
-        state = (weight.new_zeros(rnn.num_layers, len(tokens), rnn.hidden_size),) * 2
-    weights = [weight, *first[1:], *(tensor for layer in others for tensor in layer)]
-    return torch.lstm(chosen, state, weights, True, rnn.num_layers, rnn.dropout, rnn.training, False, True)[0]
 
 
 class Encoder(nn.Module):
@@ -55,10 +38,7 @@ class Encoder(nn.Module):
     def forward(self, sequence: Tensor) -> Tensor:
         """Tokens (batch, length) -> the LSTM's outputs at unit length, (batch, encoder_length, hidden_size)."""
         edges = sequence.unflatten(1, (-1, self.pair))
-        if self.dropout and self.training:
-            outputs, _ = self.rnn(F.dropout(self.embedding(edges), self.dropout).flatten(2))
-        else:
-            outputs = run_lstm(self.rnn, self.embedding, edges)
+        outputs = kernels.embedded_lstm(self.embedding, self.rnn, edges, dropout=self.dropout)
         return F.normalize(F.dropout(outputs, self.dropout, self.training), dim=-1)
 
     @staticmethod
@@ -79,21 +59,11 @@ class Attention(nn.Module):
         self.input_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.output_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
 
-    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (batch, hidden, encoder_length) and values (batch, encoder_length, hidden) of the encoder's outputs.
-
-        The projections are applied to the encoder's outputs, of which there are fewer than decoder steps: the dot product
-        of a projected output with them, and the projection of their mix, come out the same.
-        """
-        size = memory.shape[2]
-        weight = torch.cat([self.input_proj.weight.T, self.output_proj.weight[:, :size]])
-        keys, values = linear(memory, weight).split(size, dim=2)
-        return keys.transpose(1, 2), values
-
-    def forward(self, outputs: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Outputs (batch, steps, hidden) over projected memory -> (batch, steps, hidden)."""
-        own = linear(outputs, self.output_proj.weight[:, values.shape[2]:])
-        return tanh(torch.baddbmm(own, torch.softmax(torch.bmm(outputs, keys), dim=-1), values))
+    def forward(self, outputs: Tensor, memory: Tensor) -> Tensor:
+        """Outputs (batch, steps, hidden), the encoder's outputs (batch, encoder_length, hidden) -> (batch, steps, hidden)."""
+        scores = torch.bmm(self.input_proj(outputs), memory.transpose(1, 2))
+        mix = torch.bmm(torch.softmax(scores, dim=-1), memory)
+        return torch.tanh(self.output_proj(torch.cat([mix, outputs], dim=-1)))
 
 
 class Decoder(nn.Module):
@@ -108,67 +78,38 @@ class Decoder(nn.Module):
         self.attention = Attention(hidden_size)
         self.out = nn.Linear(hidden_size, vocab_size)
 
+    def start(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """The LSTM's first state, in all its layers: the architecture's embedding (batch, hidden), twice."""
+        return (embedding.expand(self.layers, *embedding.shape).contiguous(),) * 2
+
     def follow(self, decoder_input: Tensor, embedding: Tensor, memory: Tensor) -> Tensor:
         """Log-probabilities (batch, length, vocab) at each position, given the tokens before it (batch, length)."""
-        start = embedding.expand(self.layers, *embedding.shape).contiguous()
-        if self.dropout and self.training:
-            outputs, _ = self.rnn(F.dropout(self.embedding(decoder_input), self.dropout), (start, start))
-        else:
-            outputs = run_lstm(self.rnn, self.embedding, decoder_input.unsqueeze(2), (start, start))
-        mixed = self.attention(outputs, *self.attention.project(memory))
-        return log_softmax(linear(mixed, self.out.weight, self.out.bias))
+        outputs = kernels.embedded_lstm(self.embedding, self.rnn, decoder_input.unsqueeze(2), self.start(embedding),
+                                        self.dropout)
+        return F.log_softmax(self.out(self.attention(outputs, memory)), dim=-1)
 
     def best_legal(self, scores: Tensor, position: int) -> Tensor:
         """Of scores (batch, vocab) the best token (batch,) that may stand at a position."""
         first, last = self.allowed_tokens[position]
         return scores[:, first:last + 1].argmax(1) + first
 
-    def step_weights(self) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor]:
-        """The weights of `decode`, where tanh is a sigmoid, cells are kept doubled and hidden states halved.
-
-        tanh(x) = 2·sigmoid(2x) - 1, several times as fast: of the gates i, f, g, o all become sigmoids, g of twice its input.
-        Returns what each token adds to the first layer's gates (vocab, 4·hidden); each layer's weights of the layer below,
-        bias, and weights of its own last state, those of the last layer beside the attention's; the output's weights and bias.
-        """
-        size = self.rnn.hidden_size
-        twice = self.out.weight.new_ones(4 * size, 1)
-        twice[2 * size:3 * size] = 2
-        layers = [((2 * twice * weight_ih).T, twice[:, 0] * (bias_ih + bias_hh), (2 * twice * weight_hh).T)
-                  for weight_ih, weight_hh, bias_ih, bias_hh in self.rnn.all_weights]
-        inputs = self.embedding.weight @ layers[0][0] / 2 + layers[0][1]  # embeddings, unlike hidden states, are not halved
-        attended = 4 * self.attention.output_proj.weight[:, size:].T  # twice for the halved state, twice for tanh
-        layers[-1] = *layers[-1][:2], torch.cat([layers[-1][2], attended], dim=1)
-        return inputs, layers, 2 * self.out.weight.T, self.out.bias - self.out.weight.sum(1)
-
     @torch.no_grad()
     def decode(self, embedding: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Take the best legal token at each position and go on from it; without gradients.
 
-        Returns log-probabilities (batch, length, vocab) and tokens (batch, length). In place, because operations of this
-        size take longer to begin than to do.
+        Returns the tokens' scores, whose softmax are their probabilities (batch, length, vocab), and tokens (batch, length).
         """
-        keys, values = (2 * projected for projected in self.attention.project(memory))  # for the halved state; for tanh
-        inputs, layers, out_weight, out_bias = self.step_weights()
-        cells, hidden = [[torch.mul(embedding, factor) for _ in layers] for factor in (2, 0.5)]
-        products = [state @ weight_hh for state, (_, _, weight_hh) in zip(hidden, layers, strict=True)]
-        gates = [product[:, :inputs.shape[1]] for product in products]
-        parts = [each.chunk(4, dim=1) for each in gates]
-        attended, query = products[-1][:, None, inputs.shape[1]:], hidden[-1].unsqueeze(1)
+        if kernels.on_plain_cpu(memory) and not self.training:
+            return kernels.greedy_decode(self, embedding, memory, START)
+        state = self.start(embedding)
         token = torch.full((len(embedding),), START, device=embedding.device)
         scores, tokens = [], []
         for position in range(len(self.allowed_tokens)):
-            for layer, (weight_ih, bias, weight_hh) in enumerate(layers):
-                i, f, g, o = parts[layer]
-                below = torch.addmm(bias, hidden[layer - 1], weight_ih) if layer else inputs.index_select(0, token)
-                gates[layer].add_(below).sigmoid_()
-                cells[layer].mul_(f).sub_(i, alpha=2).addcmul_(i, g, value=4)
-                torch.mul(o, torch.sigmoid(cells[layer]).sub_(0.5), out=hidden[layer])
-                torch.mm(hidden[layer], weight_hh, out=products[layer])
-            mix = torch.baddbmm(attended, torch.softmax(torch.bmm(query, keys), dim=-1), values)
-            scores.append(torch.addmm(out_bias, mix.squeeze(1).sigmoid_(), out_weight))
+            output, state = self.rnn(self.embedding(token).unsqueeze(1), state)
+            scores.append(self.out(self.attention(output, memory)).squeeze(1))
             token = self.best_legal(scores[-1], position)
             tokens.append(token)
-        return log_softmax(torch.stack(scores, dim=1)), torch.stack(tokens, dim=1)
+        return torch.stack(scores, dim=1), torch.stack(tokens, dim=1)
 
 
 class NAO(nn.Module):
@@ -201,7 +142,8 @@ class NAO(nn.Module):
         embedding = self.encoder.embed(memory)
         prediction = self.encoder.predict(embedding)
         if decoder_input is None:
-            return prediction, *self.decoder.decode(embedding, memory)
+            scores, tokens = self.decoder.decode(embedding, memory)
+            return prediction, F.log_softmax(scores, dim=-1), tokens
         log_probs = self.decoder.follow(decoder_input, embedding, memory)
         tokens = [self.decoder.best_legal(log_probs[:, position], position) for position in range(log_probs.shape[1])]
         return prediction, log_probs, torch.stack(tokens, dim=1)
@@ -278,26 +220,6 @@ def hamming_distance(targets: Tensor, tokens: Tensor) -> float:
     return float((targets != tokens).double().mean())
 
 
-@contextlib.contextmanager
-def as_whole(module: nn.Module) -> Iterator[nn.Parameter]:
-    """While the body runs, a module's parameters and gradients are parts of one long parameter, which is yielded.
-
-    To clip, update and zero the small ones takes longer to begin than to do, each time for each of them.
-    """
-    parameters = list(module.parameters())
-    whole = nn.Parameter(torch.cat([F.pad(each.detach().flatten(), (0, -each.numel() % ALIGNMENT)) for each in parameters]))
-    whole.grad, start = torch.zeros_like(whole), 0
-    for each in parameters:
-        part = slice(start, start + each.numel())
-        start += each.numel() + -each.numel() % ALIGNMENT
-        each.data, each.grad = whole.detach()[part].view_as(each), whole.grad[part].view_as(each)
-    try:
-        yield whole
-    finally:
-        for each in parameters:
-            each.data, each.grad = each.data.clone(), None
-
-
 # What turns accuracies into targets, and what a prediction pays for missing its target, by the names of the options.
 TARGETS = {'scaled': scale, 'ranks': rank}
 LOSSES = {'squared': F.mse_loss, 'cross_entropy': F.binary_cross_entropy}
@@ -354,31 +276,30 @@ def fit(nao: NAO, sequences: Tensor, targets: Tensor, *, epochs: int, batch_size
     """
     fused = sequences.device.type in ('cpu', 'cuda')
     values = {}
-    with as_whole(nao) as parameter:
-        optimizer = torch.optim.Adam([parameter], lr=lr, weight_decay=l2_reg, fused=fused)
-        for epoch in range(1, epochs + 1):
-            nao.train()
-            order = torch.randperm(len(sequences), generator=generator, device=generator.device).to(sequences.device)
-            shuffled = sequences[order] if augment is None else augment(sequences[order], generator)
-            total = torch.zeros((), device=sequences.device)
-            for batch, wanted in zip(shuffled.split(batch_size), targets[order].split(batch_size), strict=True):
-                if unlabelled:
-                    prediction, written = nao.predict(batch), random_sequences(nao, unlabelled, generator)
-                    _, log_probs = nao.reconstruct(written)
-                else:
-                    written = batch
-                    prediction, log_probs = nao.reconstruct(batch)
-                objective = trade_off * LOSSES[loss](prediction, wanted) + (1 - trade_off) * F.nll_loss(
-                    log_probs.flatten(0, 1), written.flatten())
-                objective.backward()
-                nn.utils.clip_grad_norm_(parameter, grad_bound)
-                optimizer.step()
-                parameter.grad.zero_()
-                total += objective.detach() * len(batch)
-            if epoch % LOG_EVERY == 0 or epoch == epochs:
-                values = {'epoch': epoch, 'epochs': epochs, 'loss': float(total) / len(sequences),
-                          **evaluate(nao, *(held_out or (sequences, targets)))}
-                report(values)
+    optimizer = torch.optim.Adam(nao.parameters(), lr=lr, weight_decay=l2_reg, fused=fused)
+    for epoch in range(1, epochs + 1):
+        nao.train()
+        order = torch.randperm(len(sequences), generator=generator, device=generator.device).to(sequences.device)
+        shuffled = sequences[order] if augment is None else augment(sequences[order], generator)
+        total = torch.zeros((), device=sequences.device)
+        for batch, wanted in zip(shuffled.split(batch_size), targets[order].split(batch_size), strict=True):
+            if unlabelled:
+                prediction, written = nao.predict(batch), random_sequences(nao, unlabelled, generator)
+                _, log_probs = nao.reconstruct(written)
+            else:
+                written = batch
+                prediction, log_probs = nao.reconstruct(batch)
+            objective = trade_off * LOSSES[loss](prediction, wanted) + (1 - trade_off) * F.nll_loss(
+                log_probs.flatten(0, 1), written.flatten())
+            objective.backward()
+            nn.utils.clip_grad_norm_(nao.parameters(), grad_bound)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += objective.detach() * len(batch)
+        if epoch % LOG_EVERY == 0 or epoch == epochs:
+            values = {'epoch': epoch, 'epochs': epochs, 'loss': float(total) / len(sequences),
+                      **evaluate(nao, *(held_out or (sequences, targets)))}
+            report(values)
     return values
 
 

@@ -1,8 +1,8 @@
-"""PyTorch's operations in forms that take less time on the CPU.
+"""Every form of an operation that exists only for the CPU: most take less time there, one is safe where PyTorch's is not.
 
-Each computes what the operation of its name computes, up to rounding. On other devices, and for who traces, compiles or casts,
-they are PyTorch's own (see `is_plain`). They were chosen by measuring whole training steps: there most of an operation's inputs
-are not in the caches, as they would be if it were measured by itself.
+Each computes what PyTorch's own operations compute, up to rounding; on other devices, and for who traces, compiles or casts,
+it is PyTorch's own (see `on_plain_cpu`). They were chosen by measuring whole training steps: there most of an operation's
+inputs are not in the caches, as they would be if it were measured by itself.
 """
 
 import math
@@ -10,37 +10,73 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ROW = 1024  # values that kernels take well in a row
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether x is on the CPU and nobody traces, compiles or casts the operations on it."""
+def on_plain_cpu(x: Tensor) -> bool:
+    """Whether x is on the CPU and nobody traces, compiles or casts the operations on it: whether the forms here are used."""
     return x.device.type == 'cpu' and not (
         torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'))
 
 
-def tanh(x: Tensor) -> Tensor:
-    """The hyperbolic tangent as 2·sigmoid(2x) - 1, several times as fast; in float32 it is off by 2e-7 at most."""
-    return torch.sigmoid(2 * x).mul(2).sub(1) if is_plain(x) else torch.tanh(x)
+# ------------------------------------------------------------------------------------------------------------ controller
+
+def embedded_lstm(embedding: nn.Embedding, rnn: nn.LSTM, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None,
+                  dropout: float = 0) -> Tensor:
+    """The outputs (batch, steps, hidden) of an LSTM that reads `tokens` (batch, steps, k), k embeddings side by side.
+
+    dropout: that of the embeddings in training. On the CPU and without it, the first layer's input weights are multiplied
+    with the few rows of the embedding once, and one-hot tokens choose among the products, for half the arithmetic.
+    """
+    if (dropout and rnn.training) or not on_plain_cpu(embedding.weight):
+        return rnn(F.dropout(embedding(tokens), dropout, rnn.training).flatten(2), state)[0]
+    first, *others = rnn.all_weights
+    weight = torch.cat([part @ embedding.weight.T for part in first[0].chunk(tokens.shape[2], dim=1)], dim=1)
+    chosen = weight.new_zeros(*tokens.shape, embedding.num_embeddings).scatter_(3, tokens.unsqueeze(3), 1).flatten(2)
+    if state is None:
+        state = (weight.new_zeros(rnn.num_layers, len(tokens), rnn.hidden_size),) * 2
+    weights = [weight, *first[1:], *(tensor for layer in others for tensor in layer)]
+    return torch.lstm(chosen, state, weights, True, rnn.num_layers, rnn.dropout, rnn.training, False, True)[0]
 
 
-def log_softmax(scores: Tensor) -> Tensor:
-    """Log-probabilities over the last dimension; computed along the first, where a few scores do not waste whole vectors."""
-    if not is_plain(scores):
-        return F.log_softmax(scores, dim=-1)
-    return F.log_softmax(scores.movedim(-1, 0), dim=0).movedim(0, -1)
+def greedy_decode(decoder: nn.Module, embedding: Tensor, memory: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """What `controller.Decoder.decode` computes without gradients: scores (batch, length, vocab) and tokens (batch, length).
+
+    An LSTM that is called for a single step spends its time on preparing itself. Here what is the same at each step is done
+    before: the products of the embeddings with the input weights, the attention's projections of `memory`. One product with
+    a hidden state serves the next step's gates and the attention.
+    """
+    size, layers, attention = decoder.rnn.hidden_size, decoder.rnn.all_weights, decoder.attention.output_proj.weight
+    keys = F.linear(memory, decoder.attention.input_proj.weight.T).transpose(1, 2)
+    values = F.linear(memory, attention[:, :size])
+    biases = [bias_ih + bias_hh for _, _, bias_ih, bias_hh in layers]
+    inputs = F.linear(decoder.embedding.weight, layers[0][0], biases[0])
+    own = [weight_hh for _, weight_hh, *_ in layers]
+    own = [weight.T.contiguous() for weight in (*own[:-1], torch.cat([own[-1], attention[:, size:]]))]
+    products, cells, hidden = [embedding @ weight for weight in own], [embedding.clone() for _ in own], embedding
+    gates, attended = [product[:, :4 * size] for product in products], products[-1][:, None, 4 * size:]
+    parts = [(gate[:, :2 * size], *gate.chunk(4, dim=1)) for gate in gates]
+    token = torch.full((len(embedding),), start)
+    scores, tokens = [], []
+    for position in range(len(decoder.allowed_tokens)):
+        for layer, (i_and_f, i, f, g, o) in enumerate(parts):
+            gates[layer].add_(F.linear(hidden, layers[layer][0], biases[layer]) if layer else inputs.index_select(0, token))
+            i_and_f.sigmoid_()
+            cells[layer].mul_(f).addcmul_(i, g.tanh_())
+            hidden = o.sigmoid_() * cells[layer].tanh()
+            torch.mm(hidden, own[layer], out=products[layer])
+        shares = torch.softmax(torch.bmm(hidden.unsqueeze(1), keys), dim=-1)
+        mixed = torch.baddbmm(attended, shares, values).squeeze(1).tanh_()
+        scores.append(F.linear(mixed, decoder.out.weight, decoder.out.bias))
+        token = decoder.best_legal(scores[-1], position)
+        tokens.append(token)
+    return torch.stack(scores, dim=1), torch.stack(tokens, dim=1)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of many rows, x (batch, steps, features), as a 1×1 convolution: on some processors twice as fast."""
-    if not is_plain(x):
-        return F.linear(x, weight, bias)
-    rows = x.reshape(1, -1, 1, x.shape[2]).movedim(3, 1)
-    return F.conv2d(rows, weight[:, :, None, None], bias).movedim(1, 3).reshape(*x.shape[:2], -1)
-
+# ---------------------------------------------------------------------------------------------------------------- images
 
 class _WideDepthwiseConv(torch.autograd.Function):
     """A depthwise convolution with 5×5 weights, whose gradient is put together from gradients of 5×3 weights.
@@ -71,7 +107,7 @@ class _WideDepthwiseConv(torch.autograd.Function):
 
 def depthwise_conv(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Convolve each channel by itself: (batch, channels, h, w), (channels, 1, k, k) -> (batch, channels, h / stride, ...)."""
-    if weight.shape[2] == 5 and weight.requires_grad and torch.is_grad_enabled() and is_plain(x):
+    if weight.shape[2] == 5 and weight.requires_grad and torch.is_grad_enabled() and on_plain_cpu(x):
         return _WideDepthwiseConv.apply(x, weight, stride)
     return F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2, groups=len(weight))
 
@@ -107,7 +143,7 @@ class _AveragePool(torch.autograd.Function):
 
 def average_pool(x: Tensor, stride: int, count_include_pad: bool) -> Tensor:
     """F.avg_pool2d of 3×3 pixels with a padding of 1: (batch, channels, h, w) -> (batch, channels, h / stride, ...)."""
-    if min(x.shape[2:]) < 2 or not is_plain(x):
+    if min(x.shape[2:]) < 2 or not on_plain_cpu(x):
         return F.avg_pool2d(x, 3, stride, 1, count_include_pad=count_include_pad)
     return _AveragePool.apply(x, stride, count_include_pad)
 
@@ -128,7 +164,7 @@ def max_pool(x: Tensor, stride: int) -> Tensor:
 
     Where nobody asks for the gradient, for which the place of each maximum is needed: by rows, then by columns.
     """
-    if (x.requires_grad and torch.is_grad_enabled()) or not is_plain(x):
+    if (x.requires_grad and torch.is_grad_enabled()) or not on_plain_cpu(x):
         return F.max_pool2d(x, 3, stride, 1)
     return _slide(_slide(x, 2, stride), 3, stride)
 
@@ -191,7 +227,7 @@ def batch_norm(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Ten
     Where x is channels-last, in rows of as many pixels (a power of two) as divide x evenly and hold up to ROW values.
     """
     count, group = x.numel() // x.shape[1], 1
-    if is_plain(x) and x.is_contiguous(memory_format=torch.channels_last):
+    if on_plain_cpu(x) and x.is_contiguous(memory_format=torch.channels_last):
         group = math.gcd(count, 2 ** int(math.log2(max(1, ROW // x.shape[1]))))
     if group == 1:
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
@@ -199,3 +235,29 @@ def batch_norm(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Ten
     running_mean.lerp_(mean, momentum)
     running_var.lerp_(var * (count / (count - 1)), momentum)
     return y
+
+
+def factorized_reduce(x: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
+    """Every second pixel by 1×1 weights, and by others every second one of x moved one pixel up and left, side by side.
+
+    (batch, channels, h, w), (half, channels, 1, 1) twice -> (batch, 2 · half, ceil(h / 2), ceil(w / 2)). On the CPU both
+    are one convolution of 2×2 pixels whose other weights are zero: no strided copies of the image, forth or back.
+    """
+    if not on_plain_cpu(x):
+        moved = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]  # zeros enter at the bottom and right
+        return torch.cat([F.conv2d(x[:, :, ::2, ::2], weight1), F.conv2d(moved[:, :, ::2, ::2], weight2)], dim=1)
+    weight = torch.cat([F.pad(weight1, (0, 1, 0, 1)), F.pad(weight2, (1, 0, 1, 0))])
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+    return F.conv2d(x, weight, stride=2)
+
+
+def pointwise_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """A 1×1 convolution: (batch, channels, h, w), (outputs, channels, 1, 1) -> (batch, outputs, ceil(h / stride), ...).
+
+    On the CPU always every stride-th pixel first, traced or not: with a stride PyTorch's 1×1 convolutions write out of
+    bounds there (few channels, channels-last, backward).
+    """
+    if stride > 1 and x.device.type == 'cpu':
+        x, stride = x[:, :, ::stride, ::stride], 1
+    return F.conv2d(x, weight, stride=stride)

@@ -191,6 +191,23 @@ class Backbone(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() >= 2:
                 nn.init.kaiming_normal_(parameter)
+        self.norms = [module for name, module in self.named_modules()
+                      if isinstance(module, BatchNorm2d) and self.always_used(name)]
+        for norm in self.norms:
+            norm.counted_together = True
+
+    def always_used(self, name: str) -> bool:
+        """Whether every training step uses the module of this name."""
+        return True
+
+    def count_batch(self) -> None:
+        """Add 1 to `num_batches_tracked` of all batch-norms that this step trains: one launch on a GPU, not one for each.
+
+        The replicas that DataParallel makes hold this list too; of them the one on the network's own device counts.
+        """
+        counters = [norm.num_batches_tracked for norm in self.norms if norm.training]
+        if counters and counters[0].device == self.depth.device:
+            torch._foreach_add_(counters, 1)
 
     def drop_path_masks(self, images: Tensor, step: int | None) -> Tensor | None:
         """Draw Bernoulli(p)/p for every cell, operand and sample: (cells, 2·nodes, batch, 1, 1, 1), or None at p >= 1.
@@ -211,6 +228,7 @@ class Backbone(nn.Module):
 
         Returns (logits, auxiliary logits), both (batch, classes); the second is None unless training with that head.
         """
+        self.count_batch()
         masks = self.drop_path_masks(images, step)
         x, y = self.apply_stem(images)
         aux_logits = None
@@ -275,15 +293,9 @@ def count_parameters(model: nn.Module) -> int:
 def count_madds(model: nn.Module, image_size: int, *extras: Any) -> int:
     """Multiply-adds of the convolutions and linear layers for one image; `extras` go to the model after the image.
 
-    They are counted on a copy without values, where no other operation is computed as a convolution (see kernels.py).
+    They are counted on a copy without values, where every operation has its plain form (see kernels.py).
     """
-    model, zeros = copy.deepcopy(model).to('meta').eval(), []
-
-    def count_zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        zeros.append(3 * inputs[0].shape[1] * output.numel())  # three of the four pixels of its 2×2 convolution
-    for module in model.modules():
-        if isinstance(module, FactorizedReduce):
-            module.register_forward_hook(count_zeros)
+    model = copy.deepcopy(model).to('meta').eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, image_size, image_size, device='meta'), *extras)
-    return counter.get_total_flops() // 2 - sum(zeros)
+    return counter.get_total_flops() // 2

@@ -142,6 +142,10 @@ class Supernet(Backbone):
         """A cell for inputs of the given shapes."""
         return WSCell(self.nodes, inputs, channels, reduction)
 
+    def always_used(self, name: str) -> bool:
+        """Whether every path leads through the module of this name: it is none of the reductions that some paths need."""
+        return '_id_reduce_' not in name and '.fac_' not in name
+
     def forward(self, input: Tensor, arch: 'Architecture | Sequence', step: int | None = None,
                 bn_train: bool = False) -> tuple[Tensor, Tensor | None]:
         """Images (batch, 3, h, w) through the path of `arch`, (normal, reduction) -> (logits, auxiliary logits or None).

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import average_pool, batch_norm, depthwise_conv, max_pool
+from kernels import average_pool, batch_norm, depthwise_conv, factorized_reduce, max_pool, pointwise_conv
 
 
 class State:
@@ -49,13 +49,18 @@ class State:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch-norm that can use, and update, the batch's statistics although it is in eval mode."""
+    """Batch-norm that can use, and update, the batch's statistics although it is in eval mode.
+
+    counted_together: its network counts its batches, together with those of others (model.Backbone.count_batch).
+    """
+
+    counted_together = False
 
     def forward(self, x: Tensor, bn_train: bool = False) -> Tensor:
         """(batch, channels, h, w) -> the same, normalised; by the batch's statistics in training or with `bn_train`."""
         if not (self.training or bn_train):
             return super().forward(x)
-        if self.training:
+        if self.training and not self.counted_together:
             self.num_batches_tracked.add_(1)
         return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.momentum, self.eps)
 
@@ -69,6 +74,14 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, h, w) -> (batch, channels, h / stride, w / stride)."""
         return depthwise_conv(x, self.weight, self.stride[0])
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """Convolution 1×1 without bias; see `pointwise_conv`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, h, w) -> (batch, channels, h / stride, w / stride)."""
+        return pointwise_conv(x, self.weight, self.stride[0])
 
 
 class AvgPool2d(nn.AvgPool2d):
@@ -119,13 +132,11 @@ class Conv(nn.Module):
 
     def __init__(self, channels: int, kernel: int, stride: int, pair: bool = False):
         super().__init__()
-        # PyTorch's 1×1 convolutions of stride 2 write out of bounds on the CPU (few channels, channels-last, backward)
-        self.skip = stride if kernel == 1 else 1
-        stride //= self.skip
 
         def conv_bn(kernel: tuple[int, int], stride: tuple[int, int]) -> list[nn.Module]:
+            conv = PointwiseConv2d if kernel == (1, 1) else nn.Conv2d
             padding = (kernel[0] // 2, kernel[1] // 2)
-            return [nn.Conv2d(channels, channels, kernel, stride, padding, bias=False), BatchNorm2d(channels)]
+            return [conv(channels, channels, kernel, stride, padding, bias=False), BatchNorm2d(channels)]
         if pair:
             ops = [*conv_bn((1, kernel), (1, stride)), nn.ReLU(inplace=True), *conv_bn((kernel, 1), (stride, 1))]
         else:
@@ -134,7 +145,7 @@ class Conv(nn.Module):
 
     def forward(self, rectified: Tensor) -> Tensor:
         """(batch, channels, h, w) after ReLU -> (batch, channels, h / stride, w / stride)."""
-        return self.ops(rectified[:, :, ::self.skip, ::self.skip] if self.skip > 1 else rectified)
+        return self.ops(rectified)
 
 
 class ReLUConvBN(nn.Module):
@@ -151,7 +162,10 @@ class ReLUConvBN(nn.Module):
 
 
 class FactorizedReduce(nn.Module):
-    """Halve height and width: two 1×1 convolutions, on the even pixels and on those one down and right of them."""
+    """Halve height and width: two 1×1 convolutions, on the even pixels and on those one down and right of them.
+
+    Entry 0 of a path only keeps the place in the published parameter names; see `factorized_reduce`.
+    """
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
@@ -161,15 +175,8 @@ class FactorizedReduce(nn.Module):
         self.bn = BatchNorm2d(channels_out)
 
     def forward(self, x: Tensor, bn_train: bool = False) -> Tensor:
-        """(batch, channels_in, h, w) -> (batch, channels_out, ceil(h / 2), ceil(w / 2)).
-
-        Both convolutions are one of 2×2 pixels whose other weights are zero: no strided copies of the image, forth or back.
-        """
-        weight1, weight2 = self.path1[1].weight, self.path2[1].weight
-        weight = torch.cat([F.pad(weight1, (0, 1, 0, 1)), F.pad(weight2, (1, 0, 1, 0))])
-        if x.shape[2] % 2 or x.shape[3] % 2:
-            x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        return self.bn(F.conv2d(x, weight, stride=2), bn_train)
+        """(batch, channels_in, h, w) -> (batch, channels_out, ceil(h / 2), ceil(w / 2))."""
+        return self.bn(factorized_reduce(x, self.path1[1].weight, self.path2[1].weight), bn_train)
 
 
 class Operation(NamedTuple):

@@ -5,10 +5,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import kernels
+
 with contextlib.suppress(ValueError):  # started in the background by a shell, we would hand down a Ctrl-C that is ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
-settings.register_profile('suite', deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile('suite', deadline=None, max_examples=60, suppress_health_check=[
+    HealthCheck.too_slow, HealthCheck.function_scoped_fixture])  # what fixtures set up holds for all examples
 settings.load_profile('suite')
 
 
@@ -22,3 +25,10 @@ def float64():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(params=['fast', 'plain'])
+def form(request, monkeypatch):
+    """A test that uses this runs twice: with the forms for the CPU, and with PyTorch's own as on other devices."""
+    if request.param == 'plain':
+        monkeypatch.setattr(kernels, 'on_plain_cpu', lambda x: False)

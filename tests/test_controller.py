@@ -42,6 +42,7 @@ def performances(tokens):
 
 # -------------------------------------------------------------------------------------------------------------- decoding
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('nodes, space', SPACES)
 @pytest.mark.parametrize('spread', [0.1, 1.0])
 def test_greedy_decoding_writes_the_most_likely_legal_tokens(nodes, space, spread):
@@ -72,6 +73,7 @@ def test_a_direction_that_is_none_is_refused():
         make().generate_new_arch(sequences(2), 1, 'up')
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('layers', [1, 2])
 @pytest.mark.parametrize('nodes, space', SPACES)
 def test_teacher_forcing_the_greedy_tokens_gives_the_greedy_log_probabilities(nodes, space, layers):
@@ -104,6 +106,7 @@ def literal(nao, tokens, given):
     return torch.sigmoid(encoder.regressor(hidden)), torch.stack(steps, dim=1)
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('layers', [1, 2])
 @pytest.mark.parametrize('nodes, space', SPACES)
 def test_teacher_forced_values_and_gradients_are_those_of_reading_token_by_token(nodes, space, layers, float64):
@@ -119,6 +122,7 @@ def test_teacher_forced_values_and_gradients_are_those_of_reading_token_by_token
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('layers', [1, 2])
 def test_greedy_log_probabilities_are_those_of_reading_the_chosen_tokens_one_by_one(layers, float64):
     nao, tokens = make(5, spread=0.3, decoder_layers=layers), sequences(6, 5)
@@ -139,6 +143,7 @@ def test_a_position_sees_only_the_tokens_before_it():
     assert not torch.allclose(one[:, 9:], two[:, 9:])
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('name', ['encoder_dropout', 'mlp_dropout', 'decoder_dropout'])
 def test_dropout_acts_in_training_only(name):
     nao, tokens = make(encoder_layers=2, decoder_layers=2, **({'mlp_dropout': 0.0} | {name: 0.5})), sequences(5)
@@ -151,6 +156,7 @@ def test_dropout_acts_in_training_only(name):
         'encoder_dropout': [True, True], 'mlp_dropout': [True, False], 'decoder_dropout': [False, True]}[name]
 
 
+@pytest.mark.usefixtures('form')
 def test_a_batch_is_read_as_its_rows():
     nao, tokens = make(spread=0.3), sequences(5)
     with torch.no_grad():
@@ -169,6 +175,7 @@ def test_predictions_lie_between_zero_and_one_and_embeddings_have_unit_length():
     torch.testing.assert_close(nao.encoder.embed(memory).norm(dim=-1), torch.ones(20))
 
 
+@pytest.mark.usefixtures('form')
 def test_generating_leaves_no_gradients_and_no_mode_behind():
     nao = make()
     nao.generate_new_arch(sequences(3), 1.0)
@@ -234,6 +241,7 @@ def fit(nao, tokens, targets, seed=0, **options):
     return controller.fit(nao, tokens, targets, **(FIT | {'generator': torch.Generator().manual_seed(seed)} | options))
 
 
+@pytest.mark.usefixtures('form')
 def test_fitting_lowers_the_loss_and_learns_order_and_reconstruction():
     nao, tokens = make(seed=1), sequences(60)
     reports = []
@@ -247,6 +255,7 @@ def test_fitting_lowers_the_loss_and_learns_order_and_reconstruction():
     assert last['hamming_distance'] < 0.2 < before['hamming_distance']
 
 
+@pytest.mark.usefixtures('form')
 def test_the_reported_loss_is_the_weighted_sum_of_both_losses():
     tokens, targets = sequences(20), performances(sequences(20))
     nao = make(mlp_dropout=0.0)
@@ -259,6 +268,7 @@ def test_the_reported_loss_is_the_weighted_sum_of_both_losses():
         assert values['loss'] == pytest.approx(trade_off * mse + (1 - trade_off) * nll, rel=1e-5)
 
 
+@pytest.mark.usefixtures('form')
 def test_a_fit_is_repeatable_and_depends_on_its_generator():
     tokens, targets = sequences(40), performances(sequences(40))
 
@@ -310,23 +320,6 @@ def test_targets_follow_their_sequences_through_the_shuffling(monkeypatch):
     assert pairs == wanted
 
 
-def test_as_a_whole_parameters_and_gradients_are_parts_of_one_and_afterwards_their_own_again():
-    nao, tokens = make(), sequences(4)
-    before = {name: value.clone() for name, value in nao.state_dict().items()}
-    with controller.as_whole(nao) as whole:
-        nao(tokens)[0].sum().backward()
-        parts = list(nao.parameters())
-        assert whole.grad.norm() > 0 and whole.numel() >= sum(map(torch.Tensor.numel, parts))
-        torch.testing.assert_close(whole.grad.norm(), torch.stack([part.grad.norm() for part in parts]).norm())
-        assert all(torch.equal(value, before[name]) for name, value in nao.state_dict().items())
-        assert all(part.data_ptr() % 64 == parts[0].data_ptr() % 64 for part in parts)  # cache lines are not shared
-        with torch.no_grad():
-            whole.add_(1)
-    assert all(torch.equal(value, before[name] + 1) for name, value in nao.state_dict().items())
-    assert all(parameter.grad is None for parameter in nao.parameters())
-    assert len({parameter.untyped_storage().data_ptr() for parameter in nao.parameters()}) == len(list(nao.parameters()))
-
-
 def test_equal_accuracies_can_be_fitted():
     nao, tokens = make(), sequences(30)
     values = fit(nao, tokens, scale([0.1] * 30), epochs=2)
@@ -334,6 +327,7 @@ def test_equal_accuracies_can_be_fitted():
     assert all(parameter.isfinite().all() for parameter in nao.parameters())
 
 
+@pytest.mark.usefixtures('form')
 def test_gradients_are_clipped_to_the_bound():
     norms = []
 
@@ -357,6 +351,7 @@ def fitted():
     return nao.eval(), tokens
 
 
+@pytest.mark.usefixtures('form')
 def test_ascending_raises_the_prediction_and_descending_lowers_it(fitted):
     nao, tokens = fitted
     with torch.no_grad():

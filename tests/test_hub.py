@@ -62,7 +62,7 @@ def test_a_wrong_checkpoint_is_one_line(tmp_path):
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize('imagenet', [False, True])
 def test_networks_are_traced(imagenet):
-    # in double precision, as what is traced or exported rounds in another way (see kernels.is_plain)
+    # in double precision, as what is traced or exported rounds in another way (see kernels.on_plain_cpu)
     network, images = (each.double() for each in tiny(hubconf.naonet, EVERY_OPERATION, imagenet=imagenet))
     traced = torch.jit.trace(network, images)
     torch.testing.assert_close(traced(with_flipped(images))[0], network(with_flipped(images))[0])
@@ -70,7 +70,7 @@ def test_networks_are_traced(imagenet):
 
 @pytest.mark.parametrize('imagenet', [False, True])
 def test_networks_are_exported(imagenet):
-    # in double precision, as what is traced or exported rounds in another way (see kernels.is_plain)
+    # in double precision, as what is traced or exported rounds in another way (see kernels.on_plain_cpu)
     network, images = (each.double() for each in tiny(hubconf.naonet, EVERY_OPERATION, imagenet=imagenet))
     program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
     logits, aux_logits = program.module()(with_flipped(images))

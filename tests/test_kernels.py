@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from operations import OPERATIONS, State, apply_operation
 
 CLOSE = {'rtol': 1e-10, 'atol': 1e-10}
 
@@ -25,21 +27,11 @@ def assert_same(mine, theirs, inputs):
         torch.testing.assert_close(one, other, **CLOSE)
 
 
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.booleans())
-def test_linear_tanh_and_log_softmax(batch, steps, features, outputs, biased):
-    x, weight, bias = normal(batch, steps, features), normal(outputs, features, seed=1), normal(outputs, seed=2)
-    parameters = [weight, bias] if biased else [weight]
-    assert_same(kernels.linear(x, *parameters), F.linear(x, *parameters), [x, *parameters])
-    assert_same(kernels.tanh(x), torch.tanh(x), [x])
-    assert_same(kernels.log_softmax(x), F.log_softmax(x, dim=-1), [x])
-
-
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 5]),
        st.sampled_from([1, 2]), st.sampled_from([torch.contiguous_format, torch.channels_last]))
 def test_a_depthwise_convolution(batch, channels, height, width, kernel, stride, layout):
     x, weight = normal(batch, channels, height, width, layout=layout), normal(channels, 1, kernel, kernel, seed=1)
     mine = kernels.depthwise_conv(x, weight, stride)
-    assert ('Wide' in mine.grad_fn.name()) == (kernel == 5)
     assert_same(mine, F.conv2d(x, weight, stride=stride, padding=kernel // 2, groups=channels), [x, weight])
     assert_same(kernels.depthwise_conv(x.detach(), weight, stride),
                 F.conv2d(x.detach(), weight, stride=stride, padding=kernel // 2, groups=channels), [weight])
@@ -50,7 +42,6 @@ def test_a_depthwise_convolution(batch, channels, height, width, kernel, stride,
 def test_an_average_pool(batch, channels, height, width, stride, count_include_pad, layout):
     x = normal(batch, channels, height, width, layout=layout)
     mine = kernels.average_pool(x, stride, count_include_pad)
-    assert ('_AveragePool' in mine.grad_fn.name()) == (min(height, width) > 1)
     assert_same(mine, F.avg_pool2d(x, 3, stride, 1, count_include_pad=count_include_pad), [x])
 
 
@@ -63,7 +54,7 @@ def test_a_max_pool(batch, channels, height, width, stride, layout, dtype):
     torch.testing.assert_close(mine, F.max_pool2d(x, 3, stride, 1), rtol=0, atol=0, equal_nan=True)
     assert mine.is_contiguous(memory_format=layout)
     x.requires_grad_()
-    assert 'MaxPool' in kernels.max_pool(x, stride).grad_fn.name()
+    torch.testing.assert_close(kernels.max_pool(x, stride), mine, rtol=0, atol=0, equal_nan=True)
     with torch.no_grad():
         torch.testing.assert_close(kernels.max_pool(x, stride), mine, rtol=0, atol=0, equal_nan=True)
 
@@ -105,14 +96,13 @@ def test_a_batch_norm_by_the_batchs_statistics(batch, channels, height, width, l
             torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize('channels, size, layout, grouped', [
-    (36, 4, torch.channels_last, True), (144, 4, torch.channels_last, True), (36, 3, torch.channels_last, True),
-    (36, 4, torch.contiguous_format, False), (1024, 4, torch.channels_last, False)])  # a pixel fills a row
-def test_batch_norm_groups_pixels_to_long_rows(channels, size, layout, grouped):
+@pytest.mark.parametrize('channels, size, layout', [
+    (36, 4, torch.channels_last), (144, 4, torch.channels_last), (36, 3, torch.channels_last),
+    (36, 4, torch.contiguous_format), (1024, 4, torch.channels_last)])  # a pixel of the last fills a row
+def test_batch_norm_keeps_the_layout(channels, size, layout):
     x = torch.randn(2, channels, size, size, requires_grad=True).contiguous(memory_format=layout)
     zeros, ones = torch.zeros(4, channels), torch.ones(4, channels)
     y = kernels.batch_norm(x, zeros[0], ones[0], ones[1], zeros[1], 0.1, 1e-5)
-    assert ('Grouped' in y.grad_fn.name()) == grouped
     assert y.is_contiguous(memory_format=layout)
 
 
@@ -136,12 +126,52 @@ def test_a_batch_norm_of_constant_images_stays_finite():
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures('form')
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(1, 3),
+       st.sampled_from([torch.contiguous_format, torch.channels_last]))
+def test_a_factorized_reduce_and_a_pointwise_convolution(batch, channels, height, width, outputs, stride, layout):
+    x = normal(batch, channels, height, width, layout=layout)
+    weight1, weight2 = (normal(outputs, channels, 1, 1, seed=seed) for seed in (1, 2))
+    corner = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    corner[..., 1, 1] = 1  # the pixel below and to the right
+    moved = F.conv2d(F.pad(x, (0, 1, 0, 1)).flatten(0, 1)[:, None], corner).reshape(x.shape)
+    kept = [F.max_pool2d(each, 1, 2) for each in (x, moved)]  # every second pixel
+    expected = torch.cat([torch.einsum('bchw,oc->bohw', each, weight[:, :, 0, 0])
+                          for each, weight in zip(kept, (weight1, weight2), strict=True)], dim=1)
+    assert_same(kernels.factorized_reduce(x, weight1, weight2), expected, [x, weight1, weight2])
+    assert_same(kernels.pointwise_conv(x, weight1, stride),
+                torch.einsum('bchw,oc->bohw', F.max_pool2d(x, 1, stride), weight1[:, :, 0, 0]), [x, weight1])
+
+
+class Strides(TorchDispatchMode):
+    """Notes the strides of all 1×1 convolutions, forth and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if 'convolution' in str(function):
+            weight, stride = (args[2], args[4]) if 'backward' in str(function) else (args[1], args[3])
+            self.seen += [tuple(stride)] if tuple(weight.shape[2:]) == (1, 1) else []
+        return function(*args, **kwargs or {})
+
+
+def test_no_1x1_convolution_of_a_stride_runs_on_the_cpu(form):
+    """PyTorch's write out of bounds there, some seldom and some at once, which the next reader of that memory notices."""
+    operations_of_stride_two = [operation.make(2, 2) for operation in OPERATIONS]
+    with Strides() as strides:
+        for operation in operations_of_stride_two:
+            apply_operation(operation, State(torch.randn(2, 2, 6, 6, requires_grad=True))).sum().backward()
+    assert len(strides.seen) >= 6 and set(strides.seen) == {(1, 1)}
+
+
 def test_who_traces_compiles_or_casts_sees_pytorchs_own_operations():
     x = torch.zeros(1)
     seen = []
 
     def look(x):
-        seen.append(kernels.is_plain(x))
+        seen.append(kernels.on_plain_cpu(x))
         return x + 1
     look(x)
     torch.jit.trace(look, x, check_trace=False)
@@ -149,4 +179,4 @@ def test_who_traces_compiles_or_casts_sees_pytorchs_own_operations():
         look(x)
     torch.compile(look, backend='eager')(x)
     assert seen[0] and not any(seen[1:]) and len(seen) >= 3
-    assert not kernels.is_plain(torch.zeros(1, device='meta'))
+    assert not kernels.on_plain_cpu(torch.zeros(1, device='meta'))

@@ -1,5 +1,6 @@
 """The fixed network and the supernet on random architectures; drop path, batch statistics, gradients."""
 
+import copy
 import itertools
 import math
 
@@ -9,6 +10,7 @@ from helpers import NAONET_A, NAONET_B, architectures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import architecture
 from architecture import parse, sample, unread_states
@@ -18,6 +20,8 @@ from operations import SEARCH_SPACES, FactorizedReduce, State
 
 SIZES = {'classes': 10, 'layers': 1, 'nodes': 2, 'channels': 2, 'keep_prob': 1.0, 'drop_path_keep_prob': 1.0,
          'use_aux_head': False, 'steps': 10}
+
+EVERY_REDUCTION = parse('0 4 1 0 1 1 0 2 0 4 0 4 0 4 2 4')  # identities of stride 2 for x and y, and an unread input
 
 
 def fixed(arch, kind=NASNetworkCIFAR, **sizes):
@@ -71,6 +75,7 @@ def test_a_thousand_random_architectures_run_through_the_supernet(nodes, count, 
         assert aux_logits is None
 
 
+@pytest.mark.usefixtures('form')
 @settings(max_examples=30)
 @given(architectures(nodes=3, operations=SEARCH_SPACES['small']), st.booleans())
 def test_gradients_of_random_architectures_are_finite(arch, weight_sharing):
@@ -102,6 +107,7 @@ def test_an_impossible_architecture_raises_the_errors_of_the_encoding():
         fixed(NAONET_A, nodes=4)
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('size', [64, 224])
 def test_imagenet_networks_run_and_only_train_with_the_auxiliary_head(size):
     aux = size == 224  # the auxiliary head wants 7×7 pixels
@@ -207,6 +213,7 @@ def statistics(model):
             if name.endswith('running_mean')}
 
 
+@pytest.mark.usefixtures('form')
 def test_scoring_uses_and_updates_the_statistics_of_every_batch_norm_after_the_stem():
     torch.manual_seed(0)
     model = supernet(nodes=1, layers=1, channels=4).eval()
@@ -243,6 +250,7 @@ def used_by(norm, cell):
     return operation == 4 and int(parts[4][-1]) - 1 == state
 
 
+@pytest.mark.usefixtures('form')
 def test_scores_do_not_depend_on_running_statistics_but_for_the_stem():
     torch.manual_seed(0)
     model = supernet(nodes=1, channels=4).eval()
@@ -264,6 +272,7 @@ def test_evaluating_without_bn_train_changes_no_statistics():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.usefixtures('form')
 def test_x_and_y_have_reduction_modules_of_their_own():
     model = supernet(nodes=2)
     arch = ((0, 2, 1, 2, 0, 2, 1, 2), (0, 2, 1, 4, 0, 3, 0, 4))
@@ -275,8 +284,64 @@ def test_x_and_y_have_reduction_modules_of_their_own():
         assert used == ({'y_id_reduce_2'} if node == 0 else {'y_id_reduce_1'})
 
 
+# ------------------------------------------------------------------------------------------------------- batches counted
+
+def some_network(kind):
+    """A small network with an auxiliary head, and architectures to call it with (a fixed network: none)."""
+    if kind is NASNetworkCIFAR:
+        return fixed(EVERY_REDUCTION, use_aux_head=True), [()]
+    archs = sample(6, 2, SEARCH_SPACES['small'], torch.Generator().manual_seed(0))
+    return kind(**SIZES | {'use_aux_head': True}), [(arch,) for arch in (EVERY_REDUCTION, *archs)]
+
+
+@pytest.mark.parametrize('kind', [NASNetworkCIFAR, NASWSNetworkCIFAR])
+def test_batch_norms_count_the_batches_that_they_trained_on_as_pytorchs_do(kind):
+    model, archs = some_network(kind)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    trained = dict.fromkeys(norms, 0)
+    for name, norm in norms.items():
+        def count(module, *_, name=name):
+            trained[name] += module.training
+        norm.register_forward_hook(count)
+    for number, arch in enumerate(archs * 3):
+        model.train(number % 3 > 0)
+        norms['stem.1'].train(number % 2 > 0)  # as someone may freeze one
+        model(images(32), *arch, 0)
+    assert sum(trained.values()) > 0 and len({*trained.values()}) > 1
+    for network in (model, copy.deepcopy(model)):
+        counts = {name.removesuffix('.num_batches_tracked'): int(value) for name, value in network.state_dict().items()
+                  if name.endswith('num_batches_tracked')}
+        assert counts == trained
+
+
+@pytest.mark.parametrize('kind, launches', [(NASNetworkCIFAR, 1), (NASWSNetworkCIFAR, 1 + 8)])  # 8 reductions of this path
+def test_batches_are_counted_at_once(kind, launches):
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            first = args[0] if args else None
+            first = first[0] if isinstance(first, list) and first else first
+            if 'add' in str(function) and isinstance(first, torch.Tensor) and first.dtype == torch.int64:
+                seen.append(str(function))
+            return function(*args, **kwargs or {})
+    model, (arch, *_) = some_network(kind)
+    seen = []
+    with Counting():
+        model(images(32), *arch, 0)
+    assert len(seen) == launches
+
+
+def test_of_a_networks_replicas_only_the_one_on_its_own_device_counts():
+    model, _ = some_network(NASNetworkCIFAR)
+    replicas = [copy.copy(model) for _ in range(2)]  # which share everything but their buffers
+    for replica, device in zip(replicas, ('cpu', 'meta'), strict=True):
+        replica._buffers = {'depth': model.depth.to(device)}
+        replica.count_batch()
+    assert {int(norm.num_batches_tracked) for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)} == {1}
+
+
 # ------------------------------------------------------------------------------------------------------------- gradients
 
+@pytest.mark.usefixtures('form')
 @settings(max_examples=30)
 @given(architectures(nodes=2, operations=SEARCH_SPACES['small']))
 def test_only_the_sampled_path_gets_gradients(arch):

@@ -62,6 +62,7 @@ def test_an_operation_keeps_channels_and_divides_the_size_by_its_stride(operatio
     assert output.isfinite().all()
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('height, width', [(8, 8), (7, 5), (1, 2)])
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('operation', POOLS)
@@ -91,6 +92,7 @@ def literal_factorized_reduce(module, x):
     return module.bn(torch.cat(halves, dim=1))
 
 
+@pytest.mark.usefixtures('form')
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(2, 5))
 def test_factorized_reduce_does_what_its_definition_says(height, width, channels_in, channels_out):
     module = FactorizedReduce(channels_in, channels_out).eval()
@@ -104,6 +106,7 @@ def literal_conv(x, weight, stride, padding, groups=1):
     return F.conv2d(x, weight, stride=stride, padding=padding, groups=groups)
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('operation, kernel', [(0, 3), (1, 5)])
 def test_a_separable_convolution_is_depthwise_and_pointwise_twice(operation, kernel, stride):
@@ -118,6 +121,7 @@ def test_a_separable_convolution_is_depthwise_and_pointwise_twice(operation, ker
     torch.testing.assert_close(apply_operation(module, State(x), 'any'), expected)
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('operation, shapes', [(6, [(1, 1)]), (7, [(3, 3)]), (8, [(1, 3), (3, 1)]), (9, [(1, 7), (7, 1)])])
 def test_a_convolution_is_relu_convolution_and_batch_norm(operation, shapes, stride):
@@ -132,6 +136,7 @@ def test_a_convolution_is_relu_convolution_and_batch_norm(operation, shapes, str
     torch.testing.assert_close(apply_operation(module, State(x), 'any'), expected)
 
 
+@pytest.mark.usefixtures('form')
 def test_an_operation_leaves_the_state_it_reads_as_it_is():
     for operation, stride in itertools.product(OPERATIONS, (1, 2)):
         x = images(6, 6)
@@ -142,6 +147,7 @@ def test_an_operation_leaves_the_state_it_reads_as_it_is():
         assert torch.equal(state.relu, x.relu()), operation.name
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('training', [True, False])
 def test_batch_norm_of_a_scored_architecture_uses_and_updates_batch_statistics(training):
     norm, x = BatchNorm2d(4).train(training), 3 * images(5, 5) + 1

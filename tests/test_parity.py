@@ -82,6 +82,7 @@ def test_controller_has_the_published_state_dict():
     assert names_and_shapes(model) == list(reference('state_dicts')['controller'].items())
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('kind, index', [*(('cifar', index) for index in range(4)), ('imagenet', 0)])
 def test_network_computes_the_reference_values(kind, index, float64):
     values = reference('parity')[kind][index]
@@ -111,6 +112,7 @@ def test_network_computes_the_reference_values(kind, index, float64):
     assert difference(means, values['running_mean_sum']) < TOLERANCE
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('index', range(2))
 def test_supernet_computes_the_reference_values(index, float64):
     values = reference('parity')['supernet'][index]
@@ -135,6 +137,7 @@ def test_supernet_computes_the_reference_values(index, float64):
     assert difference(logits.detach(), values['bn_train_logits']) < TOLERANCE
 
 
+@pytest.mark.usefixtures('form')
 def test_controller_computes_the_reference_values(float64):
     values = reference('parity')['controller']
     sequences = torch.tensor(values['sequences'])
@@ -149,6 +152,7 @@ def test_controller_computes_the_reference_values(float64):
     assert model(sequences)[2].tolist() == values['greedy']
 
 
+@pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('step', reference('parity')['controller']['new'])
 def test_controller_finds_the_architectures_of_the_reference(step, float64):
     values = reference('parity')['controller']
