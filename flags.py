@@ -119,6 +119,7 @@ def drop_without_effect(args: argparse.Namespace, *names: str) -> None:
         if hasattr(args, name):
             print(f'--{name}={getattr(args, name)} has no effect', file=sys.stderr, flush=True)
             delattr(args, name)
+            args.changed.remove(name)
 
 
 def add_run_flags(parser: Parser, output_dir: str, data: str = 'data') -> None:
@@ -161,7 +162,8 @@ def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
     goes_on: whether the program started again goes on from a checkpoint.
     """
     for stream in (sys.stdout, sys.stderr):  # λ and the names of files may be more than a terminal knows
-        stream.reconfigure(errors='backslashreplace')
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     try:
         main()
     except UserError as error:

@@ -34,6 +34,7 @@ from flags import (
     add,
     add_run_flags,
     drop_without_effect,
+    number,
     without_effect,
 )
 from model import AUX_HEAD_IMAGE, FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet, check_image_size
@@ -130,15 +131,15 @@ CONTROLLER_FLAGS = (
     ('top', POSITIVE_INT, PAPER.top, 'the best architectures, from which the ascent starts'),
     ('candidates', COUNT, PAPER.candidates, 'architectures that each controller writes to choose from by their predictions; '
      '0: the first come are taken'),
-    ('encoder_layers', POSITIVE_INT, 1, 'LSTM layers of the encoder'),
-    ('encoder_hidden_size', POSITIVE_INT, 96, 'units of each of them'),
-    ('encoder_emb_size', POSITIVE_INT, 48, 'numbers that a token is embedded in'),
+    ('encoder_layers', LAYERS, 1, 'LSTM layers of the encoder'),
+    ('encoder_hidden_size', CHANNELS, 96, 'units of each of them'),
+    ('encoder_emb_size', CHANNELS, 48, 'numbers that a token is embedded in'),
     ('encoder_dropout', FRACTION, 0.0, 'share of their inputs that is dropped'),
-    ('mlp_layers', COUNT, 3, 'hidden layers of the performance predictor'),
-    ('mlp_hidden_size', POSITIVE_INT, 200, 'units of each of them'),
+    ('mlp_layers', number(int, 0, 1000), 3, 'hidden layers of the performance predictor'),
+    ('mlp_hidden_size', CHANNELS, 200, 'units of each of them'),
     ('mlp_dropout', FRACTION, 0.1, 'share of their outputs that is dropped'),
-    ('decoder_layers', POSITIVE_INT, 1, 'LSTM layers of the decoder'),
-    ('decoder_hidden_size', POSITIVE_INT, 96, 'units of each of them'),
+    ('decoder_layers', LAYERS, 1, 'LSTM layers of the decoder'),
+    ('decoder_hidden_size', CHANNELS, 96, 'units of each of them'),
     ('decoder_dropout', FRACTION, 0.0, 'share of their inputs that is dropped'),
 )
 

@@ -161,6 +161,9 @@ class Run:
         self.independent, self.prefix, self.early = False, '', ''
         self.store = None  # where several processes meet
         if self.world > 1:
+            if missing := [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
+                raise UserError(f'WORLD_SIZE={self.world} is set, but {missing[0]} is not; start several processes by '
+                                'torchrun, or unset WORLD_SIZE')
             self.store, *_ = next(dist.rendezvous('env://'))
             dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10),
                                     store=dist.PrefixStore('group', self.store), rank=self.rank, world_size=self.world)
