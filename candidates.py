@@ -42,7 +42,8 @@ class Recipe(NamedTuple):
 def read_results(run: Run, kind: str) -> dict[str, float]:
     """Architecture -> accuracy, 0-1, of all trainings of a kind that any process has finished; all call it together."""
     mine = {}
-    for path in sorted(run.output_dir.glob('results.*.jsonl')):
+    given = getattr(run.args, 'child_results', None)  # those of another search
+    for path in [*filter(None, [given and Path(given)]), *sorted(run.output_dir.glob('results.*.jsonl'))]:
         for result in read_records(path, {kind: {'arch': str, 'accuracy': (int, float)}}):
             if result['kind'] == kind:
                 mine[result['arch']] = result['accuracy']

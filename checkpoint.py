@@ -82,7 +82,7 @@ def require(state: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], pa
 
 def same_run(state: dict[str, Any], args: argparse.Namespace, path: str | Path) -> None:
     """Raise UserError if a checkpoint is of a run that differs in what makes it another one, not the same one changed."""
-    for name in ('seed', 'dataset', 'method', 'search_space', 'proposer'):
+    for name in ('seed', 'dataset', 'method', 'search_space'):
         was, now = state['args'].get(name), getattr(args, name, None)
         if None not in (was, now) and was != now:
             raise UserError(f'{path}: is of a run with --{name}={was}, not {now}; give that to go on with it, or name another '

@@ -67,5 +67,5 @@ def ranking(run: Run, recipe: Recipe, seconds: float, count: int) -> Part:
 def log(run: Run, *parts: Part) -> None:
     """Log the formula and the estimate."""
     total = sum(part.seconds * part.count for part in parts)
-    terms = ' + '.join(f'{part.what} ({part.seconds:.3g} s each)' for part in parts)
+    terms = ' + '.join(f'{part.what} ({part.seconds:.3g} s each)' for part in parts if part.count)
     run.log(f'cost, measured at the start: {terms}: about {datetime.timedelta(seconds=round(total))} in all')

@@ -111,6 +111,8 @@ CHILD_FLAGS = (  # name, type, default, help
     ('l2_reg', NOT_NEGATIVE, 3e-4, 'weight decay'),
     ('eval_epochs', eval_epochs, 30, 'score every N epochs, or after the epochs of a list such as [30,60]'),
     ('arch_pool', str, None, 'path of a pool file to start from (default: random architectures)'),
+    ('results', str, None, 'NAO: path of a results.*.jsonl of a search with the same seed and sizes: what it has trained is '
+     'not trained again'),
     ('rank_count', COUNT, 5, 'how many of the best are trained from scratch at the end'),
     ('rank_epochs', POSITIVE_INT, 10, 'epochs of each training from scratch'),
 )
@@ -154,10 +156,12 @@ def parse_args() -> argparse.Namespace:
         choices=architecture.SEARCH_SPACES)
     add(parser, 'proposer', 'who proposes new architectures: the controller, or the baselines random search and regularised '
         'evolution', 'controller', choices=PROPOSERS)
-    add(parser, 'rounds', 'NAO: rounds of new candidates after the first', 3, type=POSITIVE_INT)
+    add(parser, 'rounds', 'NAO: rounds of new candidates after the first', 3, type=COUNT)
     datasets.add_flags(parser, others=['imagenet'])
     add(parser, 'train_images', 'use so many of the training images, drawn by the seed, as many of each class as it goes',
         type=BATCH)
+    add(parser, 'valid_images', 'validate on so many of the other training images; 0: a tenth of those that are used '
+        'validates', 0, type=COUNT)
     image_files.add_flags(parser)
     group = parser.add_argument_group('child: the weight-sharing network, or each candidate')
     for name, kind, default, text in CHILD_FLAGS:
@@ -202,6 +206,8 @@ def check(args: argparse.Namespace) -> None:
                         'starts from the embedding')
     if args.child_lr_min > args.child_lr_max:
         raise UserError(f'--child_lr_min={args.child_lr_min:g} is above --child_lr_max={args.child_lr_max:g}')
+    if args.child_results and not Path(args.child_results).is_file():
+        raise UserError(f'--child_results={args.child_results}: there is no such file')
     listed = args.child_eval_epochs if isinstance(args.child_eval_epochs, list) else []
     if listed and max(listed) > args.child_epochs:
         raise UserError(f'--child_eval_epochs names epoch {max(listed)}, but there are {args.child_epochs} epochs')
@@ -250,11 +256,16 @@ class Task(NamedTuple):
 
 
 def split_images(labels: Any, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the images that train and of those that validate: --train_images of them, shuffled by the seed."""
-    if args.train_images and args.train_images > len(labels):
-        raise UserError(f'--train_images={args.train_images}, but there are {len(labels)}')
-    chosen = datasets.draw_balanced(labels, args.train_images or len(labels), args.seed)
-    train, valid = datasets.shuffled_split(len(chosen), int(TRAIN_SHARE * len(chosen)), args.seed)
+    """Indices of the images that train and of those that validate, shuffled by the seed.
+
+    --train_images of all are used, or all; --valid_images of the others validate, or a share of those used. Raises UserError.
+    """
+    used = (args.train_images or len(labels) - args.valid_images) + args.valid_images
+    if not args.valid_images < used <= len(labels):
+        raise UserError(f'--train_images={args.train_images} --valid_images={args.valid_images}, but there are {len(labels)}')
+    chosen = datasets.draw_balanced(labels, used, args.seed)
+    first = used - args.valid_images if args.valid_images else int(TRAIN_SHARE * used)
+    train, valid = datasets.shuffled_split(used, first, args.seed)
     if not len(train):
         raise UserError(f'--data={args.data}: a search needs at least 2 images in train, of which it validates with some')
     return chosen[train], chosen[valid]

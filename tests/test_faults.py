@@ -326,13 +326,15 @@ def test_a_pool_left_in_the_output_directory_is_the_start(few, tmp_path):
 
 def test_the_split_of_a_search_is_shuffled_by_the_seed():
     labels = torch.arange(100) % 10
-    splits = [search_setup.split_images(labels, argparse.Namespace(train_images=None, seed=seed, data='x'))
+    splits = [search_setup.split_images(labels, argparse.Namespace(train_images=None, valid_images=0, seed=seed, data='x'))
               for seed in (1, 1, 2)]
     for train, valid in splits:
         assert len(train) == 90 and sorted([*train.tolist(), *valid.tolist()]) == list(range(100))
     assert torch.equal(splits[0][1], splits[1][1]) and not torch.equal(splits[0][1], splits[2][1])
-    train, valid = search_setup.split_images(labels, argparse.Namespace(train_images=20, seed=1, data='x'))
-    assert torch.cat([train, valid]).remainder(10).bincount().tolist() == [2] * 10
+    train, valid = search_setup.split_images(labels, argparse.Namespace(train_images=20, valid_images=0, seed=1, data='x'))
+    assert len(train) == 18 and torch.cat([train, valid]).remainder(10).bincount().tolist() == [2] * 10
+    train, valid = search_setup.split_images(labels, argparse.Namespace(train_images=20, valid_images=30, seed=1, data='x'))
+    assert (len(train), len(valid)) == (20, 30) and not set(train.tolist()) & set(valid.tolist())
 
 
 def parsed(monkeypatch, *flags):
@@ -383,6 +385,15 @@ training.evaluate = evaluate
     assert run(*command, preamble=worse + kill_at('a candidate', 2)).status == -signal.SIGKILL
     result, = disk.read_records(tmp_path / 'results.0.jsonl', {})
     assert result['accuracy'] == pytest.approx(0.89)
+
+
+def test_results_of_another_search_are_not_made_again(few, tmp_path):
+    for name, more in (('one', []), ('two', [f'--child_results={tmp_path / "one" / "results.0.jsonl"}'])):
+        result = run(*COMPLETE, '--proposer=random', *more, f'--output_dir={tmp_path / name}', preamble=few)
+        assert result.status == 0, result
+    assert 'candidate 1/' not in result.out and not list((tmp_path / 'two').glob('results.*'))
+    for name in ('arch_pool', 'arch_pool.perf'):
+        assert (tmp_path / 'one' / name).read_bytes() == (tmp_path / 'two' / name).read_bytes()
 
 
 def test_candidates_can_be_trained_without_a_search(tmp_path, monkeypatch):
