@@ -123,6 +123,18 @@ def test_all_ways_to_read_give_the_same_batches(zips, lazy, workers, root, expec
     assert_equal_batches(valid, expected[1])
 
 
+@pytest.mark.parametrize('world', [2, 3])
+def test_the_processes_together_train_on_the_images_of_one(world, root):
+    """Bit for bit: an image's colours do not depend on those it comes with."""
+    train, *_ = image_files.open_files(root, False, True, 5, show=False)
+    whole = FileBatches(train, 6, CPU, 0, generator=torch.Generator().manual_seed(5))
+    ranks = [FileBatches(train, 6, CPU, 0, generator=torch.Generator().manual_seed(5), rank=rank, world=world)
+             for rank in range(world)]
+    for (images, labels, _), *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(torch.cat([part[0] for part in parts]), images)
+        assert torch.equal(torch.cat([part[1] for part in parts]), labels)
+
+
 def test_another_epoch_and_another_seed_give_other_batches(root, expected):
     (first, second), valid = expected
     (other, _), same_valid = epochs(root, seed=6)
