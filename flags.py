@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, positional: str = ''):
         super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=partial(argparse.HelpFormatter, max_help_position=50, width=1000),
+                         formatter_class=partial(argparse.HelpFormatter, max_help_position=56, width=1000),
                          usage=f'%(prog)s [--FLAG=VALUE ...] {positional}'.rstrip())
 
     def error(self, message: str) -> None:

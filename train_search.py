@@ -329,6 +329,7 @@ class WeightSharingSearch(Search):
 
     def search(self) -> None:
         """Do phase after phase to the end."""
+        self.run.part_ways()
         self.parallel = self.run.parallel(self.supernet, shares_weights=True)
         self.clock = training.Clock(self.step, self.args.child_epochs * len(self.batches))
         super().search()

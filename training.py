@@ -260,6 +260,7 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     first = state['epoch'] if state else 0
     best = float(state['best_acc_top1']) if state else -1.0  # a first network that gets nothing right is the best so far
     last = state.get('last_acc_top1', math.nan) if state else math.nan
+    run.part_ways()
     if state:
         run.resume(state, f'epoch {first}')
     log_start(run, train_batches, eval_batches, model, records=first < options['epochs'])
@@ -297,6 +298,7 @@ def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Ite
     model = run.place(build(any(name.startswith('auxiliary_head.') for name in weights)))
     checkpoint.fill_model(model, weights, path)
     values = evaluate(run, model, eval_batches)
+    run.open_log()
     run.log(f'{path}: {errors(values)} on {eval_batches.count} images')
     return values
 
@@ -319,7 +321,7 @@ def log_start(run: Run, train_batches: Iterable, eval_batches: Iterable, model: 
         return
     run.write_metrics(kind='start', date=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=commit(),
                       processor=processor(), environment=run.environment(), args=args, changed=changed, parameters=parameters,
-                      multiply_adds=madds)
+                      multiply_adds=madds, classes=len(eval_batches.classes))
 
 
 # ------------------------------------------------------------------------------------- the flags of both training programs

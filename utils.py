@@ -8,6 +8,7 @@ import argparse
 import atexit
 import contextlib
 import copy
+import errno
 import inspect
 import json
 import math
@@ -310,17 +311,23 @@ class Run:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 if self.is_first:
                     atexit.register(Lock(self.output_dir).release)
-                if self.early is not None:
-                    log_to(self.output_dir / 'train.log', self.early)
-                    self.early = None
+                self.open_log()
                 for path in self.output_dir.iterdir():
                     if anew and LEFTOVER.fullmatch(path.name):
                         path.unlink(missing_ok=True)
             except OSError as error:
-                raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); '
-                                'name a directory that you may write to') from None
+                what = 'make room and run the same command again' if error.errno == errno.ENOSPC else (
+                    'name a directory that you may write to')
+                raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); {what}') from None
         self.first_alone(create)
         self.gather(None)  # nobody goes on and writes while others still clean up
+
+    def open_log(self) -> None:
+        """Append what is logged from now on, and was before, to the train.log of an output directory that is there."""
+        if self.early is not None and self.output_dir.is_dir():
+            with contextlib.suppress(OSError):  # someone else's, perhaps
+                log_to(self.output_dir / 'train.log', self.early)
+                self.early = None
 
     def write_metrics(self, **values: Any) -> None:
         """Append one JSON object to metrics.jsonl; its `seconds` are those since the program's start."""
@@ -422,7 +429,6 @@ class Run:
 
         shares_weights: a step uses only a part of the parameters.
         """
-        self.part_ways()
         if self.world > 1:
             known = inspect.signature(DistributedDataParallel).parameters
             sync = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # its older name
