@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import runs  # noqa: F401 - it puts the project's modules on the path
+import runs
 import torch
 from torch import Tensor
 from torchvision import transforms
@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.run_program(main, goes_on=False)
+    runs.run_tool(main)
