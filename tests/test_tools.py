@@ -166,7 +166,7 @@ def test_predict_mistakes(runs, tmp_path):
 # ------------------------------------------------------------------------------------------------------ help and progress
 
 PROGRAMS = ['train_cifar.py', 'train_imagenet.py', 'train_search.py', *(f'tools/{name}.py' for name in (
-    'draw', 'plot', 'predict', 'report', 'table'))]
+    'compare', 'draw', 'plot', 'predict', 'report', 'table'))]
 
 
 @pytest.mark.parametrize('program', PROGRAMS)
