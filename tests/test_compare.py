@@ -49,7 +49,7 @@ def test_other_searches_by_their_scorings_and_their_rankings(tmp_path):
         search(tmp_path / f'seed{seed}', [0.5, 0.4], [0.4, 0.3], [0.7, 0.6], ranked=[0.8, 0.9], seed=seed)
     found = numbers(tmp_path, f'a={tmp_path}/seed*', f'b={tmp_path}/seed0')
     run = found['groups']['a']['runs'][0]
-    assert run['x'] == [2, 4, 6] and run['y'] == [50, 50, 70] and run['ranked'] == 90
+    assert run['x'] == [2, 4, 6] and run['y'] == [50, 50, 70] and run['final'] == 90
     assert [each['what'] for each in found['differences']] == ['best after 6', 'best, trained from scratch']
     assert found['differences'][0]['seeds'] == [0] and found['differences'][0]['interval'] is None
 

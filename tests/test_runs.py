@@ -14,7 +14,6 @@ from tooling import (
     CHROMIUM,
     ONE_NODE,
     ROOT,
-    SEARCH,
     START,
     TRAINING,
     call,
@@ -117,6 +116,21 @@ def test_images_of_ones_own_are_called_by_their_folder(tmp_path):
 def test_a_row_shows_the_last_epoch_beside_the_best(tmp_path):
     row, = rows(training(tmp_path / 'run', 60.0, 70.0, 65.0))
     assert row == ['run', 'cifar10', *row[2:4], '30.00 %', '35.00 %', '-', '3/3', '3.00', ONE_NODE]
+
+
+def test_the_test_images_of_a_run_with_held_out_ones_are_looked_at_once(tmp_path):
+    records = [epoch(number, test) for number, test in enumerate((60.0, 70.0), start=1)]
+    for record in records:
+        record['valid'] = record.pop('test')
+    row, = rows(write_run(tmp_path / 'run', records, TRAINING, arch=ONE_NODE))
+    assert row[4:6] == ['30.00 % valid', '-']
+    write_run(tmp_path / 'run', [*records, {'kind': 'final', 'epoch': 2, 'test': {'top1': 66.0}, 'seconds': 7300.0}], TRAINING)
+    row, = rows(tmp_path)
+    assert row[4:6] == ['34.00 %', '-'] and row[8] == '2.03'
+    if importlib.util.find_spec('matplotlib'):
+        output('tools/report.py', tmp_path)
+        assert 'top-1 accuracy on the test images, looked at once' in (tmp_path / 'run' / 'report.html').read_text()
+        assert figure(tmp_path)['accuracy'].get_legend_handles_labels()[1] == ['validation', 'training']
 
 
 def test_runs_that_differ_in_their_seeds_are_one_row(tmp_path):
@@ -261,26 +275,21 @@ def test_accuracy_against_cost(tmp_path):
 @needs_matplotlib
 def test_the_first_screen(tmp_path):
     run = training(tmp_path / 'run', 60.0, 70.0, 65.0)
-    lines = (run / 'metrics.jsonl').read_text()
-    (run / 'metrics.jsonl').write_text(json.dumps(START | {'args': TRAINING}) + '\n' + lines)
     output('tools/report.py', run)
     first, _ = (run / 'report.html').read_text().split('Figures</h2>')
     for text in ('70.00 %', '30.00 %', 'last epoch 65.00 %', '3/3', '2026-11-25 16:41:27 UTC', 'abc1234',
-                 'Made-up CPU, 2 cores', 'device cpu (2 threads)', ONE_NODE):
+                 'Made-up CPU, 2 cores', 'device cpu (2 threads)', '1,234', '56,789', ONE_NODE):
         assert text in first
     assert first.count('class="cells"') + first.count('<pre>') == 1
 
 
 @needs_matplotlib
-@pytest.mark.parametrize(('make', 'values', 'changed'), [
-    (training, (60.0,), {'layers', 'nodes', 'channels', 'epochs', 'fixed_arc', 'cutout_size'}),
-    (search, ([0.5, 0.4],), {'child_layers', 'child_nodes', 'child_channels', 'child_epochs'})])
-def test_changed_flags_are_marked(make, values, changed, tmp_path):
-    run = make(tmp_path / 'run', *values)
+def test_changed_flags_are_marked(tmp_path):
+    run = write_run(tmp_path / 'run', [START | {'args': TRAINING, 'changed': ['seed', 'cutout_size']}, epoch(1, 60.0)])
     output('tools/report.py', run)
     page = (run / 'report.html').read_text().replace('<wbr>', '')
-    assert set(re.findall(r'<div class=changed><code>--(\w+)', page)) == changed
-    assert set(re.findall(r'<div><code>--(\w+)', page)) == set(TRAINING if make is training else SEARCH) - changed
+    assert re.findall(r'<div class=changed><code>--(\w+)', page) == ['cutout_size', 'seed']
+    assert set(re.findall(r'<div><code>--(\w+)', page)) == TRAINING.keys() - {'cutout_size', 'seed'}
 
 
 @needs_matplotlib

@@ -27,7 +27,7 @@ TRAINING = {'dataset': 'cifar10', 'data': 'data', 'layers': 1, 'nodes': 1, 'chan
 SEARCH = {'dataset': 'cifar10', 'data': 'data', 'child_layers': 1, 'child_nodes': 1, 'child_channels': 4, 'child_epochs': 2,
           'rounds': 3, 'seed': 0, 'method': 'NAO-WS', 'controller_preset': 'paper'}
 START = {'kind': 'start', 'date': '2026-11-25T16:41:27+00:00', 'commit': 'abc1234', 'processor': 'Made-up CPU, 2 cores',
-         'environment': 'device cpu (2 threads), PyTorch 2', 'seconds': 0.5}
+         'environment': 'device cpu (2 threads), PyTorch 2', 'parameters': 1234, 'multiply_adds': 56789, 'seconds': 0.5}
 
 
 def tool(program):
@@ -39,7 +39,8 @@ def tool(program):
 
 def call(program, *flags):
     """Run a program's main here, which saves a second start of PyTorch: status, output, errors."""
-    out, err, module = io.StringIO(), io.StringIO(), tool(program)
+    module = tool(program)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True) for _ in range(2))
     with (mock.patch.object(sys, 'argv', [program, *map(str, flags)]), contextlib.redirect_stdout(out),
           contextlib.redirect_stderr(err)):
         try:
@@ -47,7 +48,7 @@ def call(program, *flags):
             status = 0
         except SystemExit as end:
             status = end.code
-    return status, out.getvalue(), err.getvalue()
+    return status, *(stream.buffer.getvalue().decode() for stream in (out, err))
 
 
 def output(program, *flags):
@@ -90,7 +91,7 @@ def training(directory, *tests, **args):
     records = [epoch(number, test) for number, test in enumerate(tests, start=1)]
     for number, record in enumerate(records):
         record['best_acc_top1'] = max(tests[:number + 1])
-    return write_run(directory, records, TRAINING | args, model={'classifier.weight': torch.zeros(10, 1)},
+    return write_run(directory, [START, *records], TRAINING | args, model={'classifier.weight': torch.zeros(10, 1)},
                      arch=args.get('fixed_arc', ONE_NODE))
 
 

@@ -3,9 +3,10 @@
     python tools/compare.py best='exp/best/seed*' random='exp/random/seed*' -o compare.png --json compare.json
 
 Of searches by NAO, the complete way, it takes the best accuracy so far against the architectures evaluated, from
-results.*.jsonl; of others the pool's scores; of trainings the test accuracy of each epoch. Groups are compared where all their
-runs are, so that it works while runs go on. Differences are between runs of the same --seed, in points of per cent: their mean,
-a bootstrap interval of 95 %, and p of the exact permutation test, which flips their signs in all 2^n ways (two-sided).
+results.*.jsonl; of others the pool's scores; of trainings the accuracy of each epoch on the test, or the held-out, images.
+Groups are compared where all their runs are, so that it works while runs go on. Differences are between runs of the same
+--seed, in points of per cent: their mean, a bootstrap interval of 95 %, and p of the exact permutation test, which flips their
+signs in all 2^n ways (two-sided).
 """
 
 import glob
@@ -23,7 +24,7 @@ from runs import RunFiles
 from table import aligned
 
 import flags
-from utils import read_records
+from disk import read_records
 
 RESULTS = {kind: {'arch': str, 'accuracy': runs.NUMBER, 'seconds': runs.NUMBER} for kind in ('candidate', 'rank')}
 RESAMPLES = 10_000  # of the bootstrap
@@ -37,7 +38,7 @@ class Member(NamedTuple):
     unit: str  # of x
     x: np.ndarray  # (points,): architectures evaluated, or epochs
     y: np.ndarray  # (points,): accuracy in per cent, of a search the best so far
-    ranked: float | None  # a search's best accuracy in per cent after training from scratch
+    final: float | None  # in per cent: a search's best after training from scratch; what held-out images chose, tested once
     hours: float
 
     def at(self, x: float) -> float:
@@ -95,9 +96,12 @@ def member(run: RunFiles) -> Member:
     elif run.is_search:
         raise flags.UserError(f'{run.path}: has no scoring yet; left out')
     else:
-        unit, x, y = 'epoch', *zip(*((record['epoch'], record['test']['top1']) for record in run.records('epoch')), strict=True)
-    ranked = max((100 * record['accuracy'] for record in run.lines if record['kind'] == 'rank'), default=None)
-    return Member(run.path, seed_of(run), unit, np.array(x), np.array(y, float), ranked, max(run.seconds or 0, seconds) / 3600)
+        unit, x, y = 'epoch', *zip(*(
+            (record['epoch'], runs.evaluation(record)['top1']) for record in run.records('epoch')), strict=True)
+    final = [100 * record['accuracy'] for record in run.lines if record['kind'] == 'rank'] + [
+        record['test']['top1'] for record in run.lines if record['kind'] == 'final']
+    return Member(run.path, seed_of(run), unit, np.array(x), np.array(y, float), max(final, default=None),
+                  max(run.seconds or 0, seconds) / 3600)
 
 
 def read_groups(arguments: list[str], mistakes: list[str]) -> dict[str, list[Member]]:
@@ -166,8 +170,9 @@ def report(groups: dict[str, list[Member]]) -> dict[str, Any]:
     """All numbers, as --json writes them."""
     members = [member for group in groups.values() for member in group]
     at = min(int(member.x[-1]) for member in members)
-    what = {f'accuracy after epoch {at}' if members[0].unit == 'epoch' else f'best after {at}': lambda member: member.at(at),
-            'best, trained from scratch': lambda member: member.ranked}
+    now, final = (f'accuracy after epoch {at}', runs.TEST_ONCE) if members[0].unit == 'epoch' else (
+        f'best after {at}', 'best, trained from scratch')
+    what = {now: lambda member: member.at(at), final: lambda member: member.final}
     found: dict[str, Any] = {'unit': members[0].unit, 'at': at, 'groups': {}, 'differences': []}
     for name, group in groups.items():
         values = {title: np.array([got for member in group if (got := value(member)) is not None and np.isfinite(got)])
@@ -240,7 +245,7 @@ def figure(groups: dict[str, list[Member]], at: int) -> Any:
         right.set_xticks(range(len(groups)), [textwrap.fill(plot.literal(name), 14) for name in groups])
         right.set_xlim(-0.5, len(groups) - 0.5)
         plot.finish(left, 'mean of the seeds ± standard error', unit,
-                    'test accuracy (%)' if unit == 'epoch' else 'best so far, validation accuracy (%)', curves, 100)
+                    'accuracy (%)' if unit == 'epoch' else 'best so far, validation accuracy (%)', curves, 100)
         plot.finish(right, f'each seed at {at}', 'lines join runs of the same seed', 'accuracy (%)', ends, 100)
         for axes in (left, right):
             axes.set_title(axes.get_title('left'), pad=20)

@@ -27,6 +27,7 @@ import flags
 Axes = Any  # matplotlib's, which is optional and imported late
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000', '#999999')  # told apart by all eyes
 SIZE = 4.8, 3.3  # of a panel, in inches
+STYLES = '-', '--', ':'  # of the curves of a run
 FEW = 30  # points of a curve that get a mark each
 STYLE = {'font.size': 10, 'axes.titlesize': 11, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.grid': True,
          'grid.alpha': 0.3, 'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False,
@@ -110,14 +111,14 @@ def curve(axes: Axes, line: Line, points: list[list[tuple[float, float]]], **sty
 
 def curves(title: str, kind: str, x: str, y: str, most: float = np.inf,
            **of_record: Callable[[dict], float | None]) -> Callable[[Axes, list[Line]], None]:
-    """What draws curves of records of a kind, each series in its colour: of two things the first solid, the second dashed.
+    """What draws curves of records of a kind, each series in its colour, each thing that they tell in a style of its own.
 
     x: the axis's name, and the field of a record, if it has one of that name, else a record's number, from 1.
     """
     def draw(axes: Axes, of: list[Line]) -> None:
         values: dict[str, list[list[float]]] = {}
         for name, read in of_record.items():
-            style = {'linestyle': '--', 'markerfacecolor': 'white'} if values else {}
+            style = {'linestyle': STYLES[len(values)], 'markerfacecolor': 'white'} if values else {}
             for line in of:
                 points = [[(record.get(x, number), read(record)) for number, record in enumerate(run.records(kind), start=1)
                            if read(record) is not None] for run in line.series.runs]
@@ -204,9 +205,11 @@ def several(kind: str) -> Callable[[RunFiles], bool]:
 PANELS = (
     Panel(lambda run: run.records('epoch'), curves(
         'accuracy', 'epoch', 'epoch', 'top-1 accuracy (%)', 100, test=lambda record: record.get('test', {}).get('top1'),
+        validation=lambda record: record.get('valid', {}).get('top1'),
         training=lambda record: record['train']['top1'])),
     Panel(several('epoch'), curves(
         'loss', 'epoch', 'epoch', 'loss', test=lambda record: record.get('test', {}).get('loss'),
+        validation=lambda record: record.get('valid', {}).get('loss'),
         training=lambda record: record['train']['loss'])),
     Panel(several('epoch'), curves('learning rate', 'epoch', 'epoch', 'learning rate', rate=lambda record: record['lr'])),
     Panel(lambda run: run.records('score'), pools, apart=True),

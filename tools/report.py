@@ -12,7 +12,6 @@ import re
 from datetime import datetime, timedelta, timezone
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import draw
 import plot
@@ -98,8 +97,7 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
     error, last = run.best_error, run.last_error
     parameters, madds = map('{:,}'.format, run.sizes) if run.found else ('-', '-')
     accuracy = None if error is None else 100 - error
-    which = 'top-1 accuracy, best on the validation split' if run.is_search else (
-        f'top-1 accuracy, best epoch on the test images; last epoch {100 - last:.2f} %')
+    which = f'top-1 accuracy on the {run.judged_on}' + ('' if last is None else f'; last epoch {100 - last:.2f} %')
     hours = '-' if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
     return [(runs.percent(accuracy), which), (runs.percent(error), 'top-1 error'),
             (parameters, 'parameters, without the auxiliary head'), (madds, 'multiply-adds of one image'),
@@ -127,15 +125,12 @@ def timings(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def arguments(run: RunFiles) -> str:
-    """The flags, those first and marked that differ from their defaults."""
-    def same(one: Any, other: Any) -> bool:
-        return one == other or str(one) == str(other) or [*map(str, (one, other))] == ['None', '']
-    defaults, parts = run.defaults, {True: [], False: []}
+    """The flags, those first and marked that differ from their defaults, where the run has recorded which do."""
+    parts: dict[bool, list[str]] = {True: [], False: []}
     for name, value in sorted(run.args.items()):
-        changed = name in defaults and not same(value, defaults[name])
-        default = f' <i>default: {escape(str(defaults[name]))}</i>' if changed and name != 'fixed_arc' else ''
+        changed = name in run.start.get('changed', ())
         parts[changed].append(f'<div{" class=changed" * changed}><code>--{breaking(name)}</code> <code>{breaking(str(value))}'
-                              f'</code>{default}</div>')
+                              '</code></div>')
     return f'<div class="flags">{"".join(parts[True] + parts[False])}</div>'
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,9 +22,9 @@ import architecture  # noqa: E402
 import checkpoint  # noqa: E402
 import flags  # noqa: E402
 from architecture import Architecture  # noqa: E402
+from disk import read_records  # noqa: E402
 from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet, count_madds, count_parameters  # noqa: E402
 from operations import OPERATIONS  # noqa: E402
-from utils import read_records  # noqa: E402
 
 NUMBER = (int, float)
 RECORDS = {  # what tools read in a line of metrics.jsonl, by its kind
@@ -35,13 +34,15 @@ RECORDS = {  # what tools read in a line of metrics.jsonl, by its kind
     'controller': {'search_epoch': int, 'pairwise_accuracy': NUMBER, 'hamming_distance': NUMBER},
     'new': {'epoch': int, 'new': int, 'per_lambda': dict},
     'rank': {'index': int, 'accuracy': NUMBER, 'arch': str},
+    'final': {'test': dict},
 }
 WORK = {'epoch': 'training', 'score': 'judging the pool', 'controller': 'fitting the controller',
-        'new': 'new architectures', 'rank': 'training the best from scratch'}  # by the kind of a record
+        'new': 'new architectures', 'rank': 'training the best from scratch', 'final': 'testing'}  # by the kind of a record
 RUN_FILES = {'metrics.jsonl', 'checkpoint.pt', 'results.0.jsonl'}  # by one of which a directory is that of a run
 METHODS = {'NAO-WS': 'NAO-WS (a weight-sharing network scores)', 'NAO': 'NAO (every candidate is trained on its own)'}
 PROPOSERS = {'random': 'random search', 'evolution': 'regularised evolution'}
 IMAGENET_CLASSES = 1000
+TEST, TEST_ONCE, VALID = 'test images, which chose the epoch', 'test images, looked at once', 'validation split'
 FORMATS = ('svg', 'png', 'pdf')
 
 
@@ -245,8 +246,8 @@ class RunFiles:
 
     @property
     def is_search(self) -> bool:
-        """Whether the run is a search: only trainings test after each epoch."""
-        return 'test' not in self.metrics[0]
+        """Whether the run is a search: only trainings evaluate after each epoch."""
+        return evaluation(self.metrics[0]) is None
 
     @property
     def unit(self) -> str:
@@ -310,21 +311,32 @@ class RunFiles:
 
     @property
     def best_error(self) -> float | None:
-        """The lowest top-1 error in per cent so far: of the test, or of a search's best on the validation split."""
+        """The top-1 error in per cent on what `judged_on` names: of the epoch that was chosen, else the lowest so far."""
+        if final := self.records('final'):
+            return 100 - final[-1]['test']['top1']
         if not self.is_search:
-            return 100 - max(record.get('best_acc_top1', record['test']['top1']) for record in self.records('epoch'))
+            return 100 - max(record.get('best_acc_top1', evaluation(record)['top1']) for record in self.records('epoch'))
         best = [record['accuracy'] for record in self.records('rank')]
         best = best or [max(record['accuracies']) for record in self.records('score')[-1:]]
         return 100 - 100 * max(best) if best else None
 
     @property
     def last_error(self) -> float | None:
-        """The top-1 test error in per cent of a training's last epoch so far, which was not chosen by its test; else None."""
-        return None if self.is_search else 100 - self.records('epoch')[-1]['test']['top1']
+        """The top-1 error in per cent of a training's last epoch so far, which its test has not chosen; else None."""
+        return None if self.is_search or self.judged_on != TEST else 100 - self.records('epoch')[-1]['test']['top1']
+
+    @property
+    def judged_on(self) -> str:
+        """The images that `best_error` is of."""
+        if self.records('final'):
+            return TEST_ONCE
+        return VALID if self.is_search or 'valid' in self.metrics[0] else TEST
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
         """Parameters and multiply-adds of the network of the best architecture, as the run trains it."""
+        if not self.is_search and {'parameters', 'multiply_adds'} <= self.start.keys():
+            return self.start['parameters'], self.start['multiply_adds']
         prefix = 'child_' if self.is_search else ''
         return sizes(self.found[0][1], self.is_imagenet, self.args[f'{prefix}layers'], self.args[f'{prefix}channels'],
                      self.classes, self.args.get('image_size'))
@@ -352,19 +364,10 @@ class RunFiles:
         except (OSError, ValueError):
             raise flags.UserError(f'{path}: is damaged; each line has an accuracy and a number of multiply-adds') from None
 
-    @cached_property
-    def defaults(self) -> dict[str, Any]:
-        """The values that the program's flags have if they are not given, in today's version."""
-        import search_setup
-        import train_cifar
-        import train_imagenet
-        given = {'method': self.args.get('method'), 'controller_preset': self.args.get('controller_preset'),
-                 'dataset': self.args.get('dataset')} if self.is_search else {'fixed_arc': 'NAONet_A'}
-        parse_args = search_setup.parse_args if self.is_search else (
-            train_imagenet if self.is_imagenet else train_cifar).parse_args
-        with mock.patch.object(sys, 'argv', ['', *(f'--{name}={value}' for name, value in given.items() if value)]):
-            args = parse_args()
-        return vars(args) if self.is_search else vars(args[0]) | {'fixed_arc': None}  # which has none
+
+def evaluation(record: dict[str, Any]) -> dict[str, float] | None:
+    """What a training's record of an epoch says of its test, or of its images held out for validation; else None."""
+    return record.get('test') or record.get('valid')
 
 
 def read_architecture(arch: str | None, index: int = 0) -> Architecture:

@@ -4,8 +4,9 @@
     python tools/table.py --all exp            # runs that differ in their seeds in a row each
 
 Runs in .../seed0, .../seed1 and so on are one row: mean ± standard deviation. The error of a training is the best on the test
-images, which chose the epoch; the one of the last epoch stands beside it. A search's error is that of its best architecture on
-the validation split; its sizes are those of that architecture's network as the search trains it from scratch.
+images, which chose the epoch; the one of the last epoch stands beside it. With --holdout, it is the one look at the test images
+when that has been; `valid` marks errors on images held out from training. A search's error is that of its best architecture on
+its validation split; its sizes are those of that architecture's network as the search trains it from scratch.
 """
 
 import argparse
@@ -82,7 +83,7 @@ HEADER = ('run', *(title for title, _, _ in COLUMNS))
 def row(series: Series) -> list[str]:
     """A series' row; raises UserError where a run has not written what it needs."""
     cells = {title: show([of(run) for run in series.runs]) for title, of, show in COLUMNS}
-    if series.runs[0].is_search and cells['top-1 error'] != UNKNOWN:
+    if series.runs[0].judged_on == runs.VALID and cells['top-1 error'] != UNKNOWN:
         cells['top-1 error'] += ' valid'
     if series.runs[0].unit == 'round':
         cells['epochs'] += ' rounds'
