@@ -40,7 +40,7 @@ def rows(*arguments):
 def figure(*paths):
     """What plot.py draws of runs: its axes by their titles."""
     plot, runs = tool('tools/plot.py'), sys.modules['runs']
-    drawing = plot.figure(plot.parts_of(runs.series_of(runs.find(paths, []))))
+    drawing = plot.figure(plot.rows_of(plot.parts_of(runs.series_of(runs.find(paths, [])))))
     plot.render(drawing, 'png')
     return {axes.get_title('left'): axes for axes in drawing.axes}
 

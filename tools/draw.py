@@ -44,15 +44,18 @@ def box(name: str, title: str, source: str, target: str, **line: str) -> list[st
             statement(f'{name} -> {target}', color=colour, **line)]
 
 
-def cell_lines(cell: tuple[int, ...], name: str) -> list[str]:
-    """The lines of DOT for a cell: its inputs above, then nodes under the operations that they add, the concatenation below."""
+def cell_lines(cell: tuple[int, ...], name: str, group: str) -> list[str]:
+    """The lines of DOT for a cell: its inputs above, then nodes under the operations that they add, the concatenation below.
+
+    group: the kind of subgraph, 'cluster' for one with a frame.
+    """
     states = [f'{name}{state}' for state in range(len(cell) // 4 + 2)]
     stride = [' /2' if name == 'reduction' and state < 2 else '' for state in range(len(states))]
-    lines = [f'  subgraph cluster_{name} {{', f'    label="{name} cell{" (/2: stride 2)" if any(stride) else ""}"']
+    title = f'  label="{name} cell{" (/2: stride 2)" if any(stride) else ""}"; labelloc=t'
+    lines = [f'  subgraph {group}_{name} {{', title] if group == 'cluster' else [title, f'  subgraph {group}_{name} {{']
     lines += [statement(states[state], label=INPUTS[state].replace(' ', r'\n'), fillcolor='#f6d9b0') for state in (0, 1)]
     lines += [statement(node, label=f'node {index}', shape='ellipse', fillcolor='#ffffff')
               for index, node in enumerate(states[2:])]
-    lines.append(statement(f'{states[0]} -> {states[1]}', style='invis'))  # from left to right in every cell
     lines.append(statement(f'{name}_out', label='concatenation', fillcolor='#e8dff5'))
     for node, (x_id, x_op, y_id, y_op) in zip(states[2:], nodes_of(cell), strict=True):
         for side, state, operation in (('x', x_id, x_op), ('y', y_id, y_op)):
@@ -66,14 +69,18 @@ def cell_lines(cell: tuple[int, ...], name: str) -> list[str]:
 
 
 def dot_source(**cells: tuple[int, ...]) -> str:
-    """The DOT text of cells side by side, normal=… and reduction=…, their inputs and their outputs aligned."""
+    """The DOT text of cells side by side, normal=… and reduction=…, their inputs and their outputs aligned.
+
+    A cell alone has no frame, and its inputs in their order, which Graphviz does not keep inside of frames.
+    """
+    group = 'cluster' if len(cells) > 1 else 'cell'
     return '\n'.join([
         'digraph architecture {',
         '  rankdir=TB; nodesep=0.16; ranksep=0.36; newrank=true; fontname="Helvetica"; fontsize=18; color="#bbbbbb"',
         '  node [shape=box, style="rounded,filled", fontname="Helvetica", fontsize=13, height=0.3, margin="0.1,0.04"]',
         '  edge [fontname="Helvetica", fontsize=12, arrowsize=0.6, color="#666666"]',
-        *(line for name, cell in cells.items() for line in cell_lines(cell, name)),
-        '  { rank=min; ' + '; '.join(f'{name}{state}' for name in cells for state in (0, 1)) + ' }',
+        *(line for name, cell in cells.items() for line in cell_lines(cell, name, group)),
+        '  { rank=same; ' + ' -> '.join(f'{name}{state}' for name in cells for state in (0, 1)) + ' [style=invis] }',
         '  { rank=max; ' + '; '.join(f'{name}_out' for name in cells) + ' }',
         '}', ''])
 

@@ -240,21 +240,26 @@ def parts_of(of: list[Series]) -> list[Part]:
     return parts
 
 
-def figure(parts: list[Part], columns: int = 3) -> Any:
-    """A matplotlib Figure of parts, in rows that are all full."""
+def rows_of(parts: list[Part], columns: int = 3) -> list[list[Part]]:
+    """Parts in as few rows as that takes, of lengths that differ by one at most."""
+    count, rest = -(-len(parts) // columns), iter(parts)
+    return [[*itertools.islice(rest, len(parts) // count + (row < len(parts) % count))] for row in range(count)]
+
+
+def figure(rows: list[list[Part]], width: float = SIZE[0]) -> Any:
+    """A matplotlib Figure of rows of parts, which are all full; width: of a part of the longest row, in inches."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, MaxNLocator
-    rows = -(-len(parts) // columns)
-    sizes = [len(parts) // rows + (row < len(parts) % rows) for row in range(rows)]
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(SIZE[0] * max(sizes), SIZE[1] * rows), layout='constrained')
+        drawing = Figure(figsize=(width * max(map(len, rows)), SIZE[1] * len(rows)), layout='constrained')
         drawing.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-        grid, rest = drawing.add_gridspec(rows, 12), iter(parts)
-        for row, size in enumerate(sizes):
-            of_row = [drawing.add_subplot(grid[row, 12 // size * place:12 // size * (place + 1)]) for place in range(size)]
-            for axes, (draw, having) in zip(of_row, rest, strict=False):
+        grid = drawing.add_gridspec(len(rows), 12)
+        for row, parts in enumerate(rows):
+            wide = 12 // len(parts)
+            of_row = [drawing.add_subplot(grid[row, wide * place:wide * (place + 1)]) for place in range(len(parts))]
+            for axes, (draw, having) in zip(of_row, parts, strict=True):
                 draw(axes, having)
                 if not isinstance(axes.xaxis.get_major_locator(), FixedLocator):
                     axes.xaxis.set_major_locator(MaxNLocator('auto', integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
@@ -262,7 +267,7 @@ def figure(parts: list[Part], columns: int = 3) -> Any:
                     axes.set_xlim(axes.dataLim.x0 - 0.9, axes.dataLim.x1 + 0.9)
             for axes in of_row:  # on one line, whether under it is a legend or not
                 axes.set_title(axes.get_title('left'), pad=20 if any(axes.get_legend() for axes in of_row) else 6)
-        lines = {line.colour: line.label for _, having in parts for line in having}
+        lines = {line.colour: line.label for parts in rows for _, having in parts for line in having}
         if len(lines) > 1:
             drawing.legend([Line2D([], [], color=colour, linewidth=3) for colour in lines], [*lines.values()],
                            loc='outside lower center', ncols=min(4, len(lines)))
@@ -294,7 +299,7 @@ def main() -> None:
     form, found = runs.format_of(args.output), runs.find(args.runs, mistakes)
     readable = [run for run in found if runs.succeeds(mistakes, lambda run=run: run.metrics)]
     if readable:
-        runs.write(args.output, render(figure(parts_of(runs.series_of(readable, args.all))), form))
+        runs.write(args.output, render(figure(rows_of(parts_of(runs.series_of(readable, args.all)))), form))
     runs.name_mistakes(mistakes)
 
 

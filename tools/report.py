@@ -39,7 +39,7 @@ pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto }
 .cells, .figures { display: flex; flex-wrap: wrap; gap: 0.8rem; align-items: flex-start }
 .cells div { overflow-x: auto }
 .cells + p { margin: 0.4rem 0 0 }
-.figures div { flex: 1 1 360px; max-width: 560px }
+.figures div { flex: 1 1 360px }
 .figures svg, .cells svg { width: 100%; height: auto; display: block }
 .flags { columns: 2 420px; column-gap: 2rem; font-size: 0.9rem }
 .flags div { break-inside: avoid; padding: 0.1rem 0.4rem; border-left: 4px solid transparent }
@@ -134,12 +134,21 @@ def arguments(run: RunFiles) -> str:
     return f'<div class="flags">{"".join(parts[True] + parts[False])}</div>'
 
 
+def figures(run: RunFiles) -> str:
+    """What plot.py draws of the run, each panel for itself, so that a narrow page shows them below each other."""
+    parts = []
+    for row in plot.rows_of(plot.parts_of([Series(run.name, [run])])):
+        width = plot.SIZE[0] * min(1.5, 3 / len(row))
+        panels = (inline_svg(plot.render(plot.figure([[part]], width), 'svg')) for part in row)
+        parts.append('<div class="figures">' + ''.join(
+            f'<div style="max-width: {90 * width:.0f}px">{panel}</div>\n' for panel in panels) + '</div>')
+    return '\n'.join(parts)
+
+
 def page(run: RunFiles) -> str:
     """The page as HTML. Raises UserError."""
-    figures = ''.join(f'<div>{inline_svg(plot.render(plot.figure([part]), "svg"))}</div>\n'
-                      for part in plot.parts_of([Series(run.name, [run])]))
     first, *others = found(run) or ['<p>No architecture yet: the first scoring is to come.</p>']
-    sections = [('Figures', f'<div class="figures">{figures}</div>'), ('The next best', '\n'.join(others)),
+    sections = [('Figures', figures(run)), ('The next best', '\n'.join(others)),
                 ('Timings', table(timings(run))), ('Arguments, those that differ from the defaults first', arguments(run))]
     body = '\n'.join(f'<h2>{title}</h2>\n{content}' for title, content in sections if content)
     shown = ''.join(f'<div><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles(run))
