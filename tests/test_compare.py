@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tooling import candidates, mistake, needs_matplotlib, output, search, tool, training
@@ -42,6 +43,17 @@ def test_results_of_several_processes_are_in_the_order_of_their_ends(tmp_path):
     (tmp_path / 'results.0.jsonl').write_text(late)  # ends after 90, 180; the other's after 60, 120
     accuracies, seconds = compare.evaluations(sys.modules['runs'].RunFiles(tmp_path))
     assert accuracies == [0.3, 0.1, 0.4, 0.2] and seconds == 180
+
+
+def test_what_another_search_had_trained_comes_first(tmp_path):
+    shared = candidates(tmp_path / 'shared', 0.5, 0.6, 0.9, process=3) / 'results.3.jsonl'
+    pool = [json.loads(line)['arch'] for line in shared.read_text().splitlines()]
+    run = candidates(tmp_path / 'run', 0.1, 0.7, child_results=str(shared))
+    state = torch.load(run / 'checkpoint.pt')
+    torch.save(state | {'pool': pool[:2]}, run / 'checkpoint.pt')  # it has not proposed the third one
+    assert numbers(tmp_path, f'a={run}')['groups']['a']['runs'][0]['y'] == pytest.approx([50, 60, 60, 70])
+    shared.unlink()
+    assert 'shared/results.3.jsonl cannot be read' in mistake('tools/compare.py', f'a={run}')
 
 
 def test_other_searches_by_their_scorings_and_their_rankings(tmp_path):

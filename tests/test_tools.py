@@ -158,6 +158,26 @@ def test_predict_on_large_images(classes, tmp_path):
     assert sorted(line.split()[-1] for line in lines[1:]) == classes
 
 
+def test_predict_by_a_network_of_a_folder_of_small_images(tmp_path):
+    """A red image is predicted as in testing: resized to the training's squares, normalised by what was measured there."""
+    for name, colour in (('red', (255, 0, 0)), ('blue', (0, 0, 255))):
+        for part in ('train', 'valid'):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new('RGB', (20, 30), colour).save(tmp_path / part / name / 'image.png')
+    images = datasets.load('folder', tmp_path, True, torch.device('cpu'), datasets.Folder(size=24))
+    network = hubconf.naonet('0 1 1 2 0 3 1 4', layers=1, channels=4, classes=2)
+    state = {'args': {'layers': 1, 'channels': 4, 'dataset': 'folder'}, 'arch': '0 1 1 2 0 3 1 4',
+             'model': network.state_dict(), 'classes': images.classes, 'images': images.info}
+    path, red = tmp_path / 'checkpoint.pt', tmp_path / 'train/red/image.png'
+    torch.save(state, path)
+    batch, labels = next(iter(datasets.EvalBatches(images, 2)))
+    with torch.inference_mode():
+        expected = network.eval()(batch)[0].softmax(1)[labels.tolist().index(images.classes.index('red'))].max().item()
+    assert float(output('tools/predict.py', '--checkpoint', path, red).split()[1]) == pytest.approx(100 * expected, abs=0.006)
+    torch.save({name: value for name, value in state.items() if name != 'images'}, path)
+    assert 'has no "images"' in mistake('tools/predict.py', '--checkpoint', path, red)
+
+
 def test_predict_mistakes(runs, tmp_path):
     for name, text in (('training', 'cannot be read'), ('search', 'of a search')):
         assert text in mistake('tools/predict.py', '--checkpoint', runs / name / 'checkpoint.pt', tmp_path / 'no.png')

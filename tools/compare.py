@@ -47,13 +47,27 @@ class Member(NamedTuple):
         return float(self.y[index]) if index >= 0 and x <= self.x[-1] else np.nan
 
 
-def seed_of(run: RunFiles) -> int | None:
-    """The run's --seed; while nothing names it that of its directory."""
+def flag_of(run: RunFiles, name: str) -> Any:
+    """The value of one of the run's flags, None while nothing names it; the seed may then be in its directory's name."""
     try:
-        return run.args['seed']
-    except (flags.UserError, KeyError):
+        return run.args.get(name)
+    except flags.UserError:
         match = re.search(r'seed(\d+)$', str(run.path))
-        return int(match.group(1)) if match else None
+        return int(match.group(1)) if match and name == 'seed' else None
+
+
+def given(run: RunFiles) -> list[tuple[float, str, float]]:
+    """(0, architecture, accuracy) of what another search had trained already, as --child_results says."""
+    path = flag_of(run, 'child_results')
+    if not path:
+        return []
+    try:
+        records = read_records(Path(path), RESULTS)
+    except OSError as error:
+        raise flags.UserError(f'{run.path}: its --child_results={path} cannot be read ({error.strerror})') from None
+    pool = set(run.checkpoint.get('pool', ()))
+    return [(0.0, record['arch'], record['accuracy']) for record in records
+            if record['kind'] == 'candidate' and record['arch'] in pool]
 
 
 def evaluations(run: RunFiles) -> tuple[list[float], float]:
@@ -61,7 +75,7 @@ def evaluations(run: RunFiles) -> tuple[list[float], float]:
 
     Each process writes its own file; the time that its trainings took so far says what came before what.
     """
-    ended, longest = [], 0.0
+    ended, longest = given(run), 0.0
     for path in sorted(run.path.glob('results.*.jsonl')):
         records = read_records(path, RESULTS)
         times = list(itertools.accumulate(record['seconds'] for record in records))
@@ -100,7 +114,7 @@ def member(run: RunFiles) -> Member:
             (record['epoch'], runs.evaluation(record)['top1']) for record in run.records('epoch')), strict=True)
     final = [100 * record['accuracy'] for record in run.lines if record['kind'] == 'rank'] + [
         record['test']['top1'] for record in run.lines if record['kind'] == 'final']
-    return Member(run.path, seed_of(run), unit, np.array(x), np.array(y, float), max(final, default=None),
+    return Member(run.path, flag_of(run, 'seed'), unit, np.array(x), np.array(y, float), max(final, default=None),
                   max(run.seconds or 0, seconds) / 3600)
 
 

@@ -277,9 +277,9 @@ class RunFiles:
 
     @property
     def classes(self) -> int | None:
-        """How many classes its networks tell apart, None if that is not known: in a search by NAO, the complete way."""
-        weights = self.checkpoint['model'].get('classifier.weight')
-        return len(self.checkpoint.get('classes') or []) or None if weights is None else len(weights)
+        """How many classes its networks tell apart, None if that is not known."""
+        weights = self.checkpoint['model'].get('classifier.weight')  # not in a search by NAO, the complete way
+        return self.start.get('classes') if weights is None else len(weights)
 
     @property
     def dataset(self) -> str:
@@ -339,7 +339,7 @@ class RunFiles:
             return self.start['parameters'], self.start['multiply_adds']
         prefix = 'child_' if self.is_search else ''
         return sizes(self.found[0][1], self.is_imagenet, self.args[f'{prefix}layers'], self.args[f'{prefix}channels'],
-                     self.classes, self.args.get('image_size'))
+                     self.classes, self.args.get('image_size') if self.args.get('dataset') == 'folder' else None)
 
     @property
     def found(self) -> list[tuple[str, Architecture]]:
