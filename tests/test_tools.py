@@ -1,9 +1,7 @@
 """The tools on real runs: a small training and a small search, made once; and how programs show help and progress."""
 
 import contextlib
-import importlib
 import importlib.util
-import io
 import json
 import os
 import pty
@@ -11,67 +9,24 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tooling import CHROMIUM, ROOT, mistake, needs_matplotlib, output, without
 
 import architecture
 import checkpoint
 import datasets
 import hubconf
-from flags import run_program
 
-ROOT = Path(__file__).resolve().parent.parent
 FIXED = ['--dataset=digits', '--device=cpu', '--fixed_arc=NAONet_B', '--layers=1', '--channels=4', '--batch_size=479',
          '--lr_max=0.1']
 SEARCH = ['--dataset=digits', '--device=cpu', '--child_layers=1', '--child_nodes=2', '--child_channels=4',
           '--child_batch_size=431', '--child_epochs=2', '--child_eval_epochs=1', '--child_eval_batch_size=20',
           '--controller_seed_arch=6', '--controller_new_arch=3', '--controller_epochs=100',
           '--child_rank_count=1', '--child_rank_epochs=1']
-has_graphviz = importlib.util.find_spec('graphviz') and shutil.which('dot')
-needs_graphviz = pytest.mark.skipif(not has_graphviz, reason='Graphviz (package and dot) is not installed')
-needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec('matplotlib'), reason='matplotlib is not installed')
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-
-
-def call(program, *flags):
-    """Run a program's main here, which saves a second start of PyTorch: status, output, errors."""
-    path = ROOT / program
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, 'path', [str(path.parent), *sys.path]):
-        module = importlib.import_module(path.stem)
-    with (mock.patch.object(sys, 'argv', [program, *map(str, flags)]), contextlib.redirect_stdout(out),
-          contextlib.redirect_stderr(err)):
-        try:
-            run_program(module.main)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def output(program, *flags):
-    status, out, err = call(program, *flags)
-    assert not status, err
-    return out
-
-
-def mistake(program, *flags):
-    """The one line of a user's mistake."""
-    status, _, err = call(program, *flags)
-    assert status == 2, err
-    line, = [line for line in err.splitlines() if not line.startswith('warning')]
-    return line
-
-
-def without(package):
-    """A context in which a package cannot be imported."""
-    hidden = {name: None for name in sys.modules if name.startswith(f'{package}.')} | {package: None}
-    return mock.patch.dict(sys.modules, hidden)
 
 
 def train_on_a_terminal(directory):
@@ -103,62 +58,13 @@ def runs(tmp_path_factory):
     return directory
 
 
-# ------------------------------------------------------------------------------------------------------------- drawings
-
-def test_dot_needs_no_graphviz():
-    with without('graphviz'):
-        text = output('tools/draw.py', 'NAONet_A', '--dot')
-    assert text.startswith('digraph') and text.count('{') == text.count('}')
-    operations = [line for line in text.splitlines() if '->' in line and 'fontcolor' in line]
-    assert len(operations) == 20
-    assert 'normal0 -> normal2 [label="conv 3×3"' in text and 'reduction0 -> reduction2 [label="conv 3×3 /2"' in text
-    unread = re.findall(r'(normal|reduction)(\d+) -> \w+_out', text)
-    arch = architecture.parse(architecture.PUBLISHED['NAONet_A'])
-    assert unread == [(name, str(state)) for name, cell in zip(('normal', 'reduction'), arch, strict=True)
-                      for state in architecture.unread_states(cell)]
-
-
-def test_drawing_names_what_is_absent(tmp_path, monkeypatch):
-    with without('graphviz'):
-        assert 'pip install graphviz' in mistake('tools/draw.py', 'NAONet_A', '-o', tmp_path / 'a.svg')
-    pytest.importorskip('graphviz', reason='the package graphviz is not installed')
-    monkeypatch.setenv('PATH', str(tmp_path))
-    assert 'apt install graphviz' in mistake('tools/draw.py', 'NAONet_A', '-o', tmp_path / 'a.svg')
-
-
-@needs_graphviz
-@pytest.mark.parametrize(('suffix', 'magic'), [('svg', b'<?xml'), ('png', b'\x89PNG'), ('pdf', b'%PDF')])
-def test_drawings(tmp_path, suffix, magic):
-    pool = tmp_path / 'arch_pool'
-    pool.write_text('\n'.join(architecture.PUBLISHED.values()) + '\n')
-    output('tools/draw.py', pool, '--arc_index=1', '-o', tmp_path / f'a.{suffix}')
-    assert (tmp_path / f'a.{suffix}').read_bytes().startswith(magic)
-    if suffix == 'svg':
-        assert 'sep conv 5×5' in (tmp_path / 'a.svg').read_text()
-
-
-def test_describe():
-    text = output('tools/draw.py', 'NAONet_A', '--describe')
-    assert 'node 1 = conv 1x3, 3x1 of state 2 (node 0) + conv 3x3 of state 1 (previous cell)' in text
-    assert 'layers 6, channels 36): 11,470,150 parameters, 1,67' in text
-    assert 'layers 4, channels 42): 11,353,831 parameters' in text
-
-
-def test_draw_mistakes(tmp_path):
-    assert 'integers' in mistake('tools/draw.py', '1 2 3', '--dot')
-    assert 'cannot be read' in mistake('tools/draw.py', tmp_path / 'none', '--dot')
-    assert '.svg' in mistake('tools/draw.py', 'NAONet_A', '-o', 'a.gif')
-    assert 'nothing to do' in mistake('tools/draw.py', 'NAONet_A')
-
-
 # ----------------------------------------------------------------------------------------------------- figures and pages
 
 @needs_matplotlib
 def test_plots(runs, tmp_path):
-    output('tools/plot.py', runs / 'training', '-o', tmp_path / 'a.png')
-    output('tools/plot.py', runs / 'training', runs / 'search', '-o', tmp_path / 'b.svg')
-    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
-    assert b'<svg' in (tmp_path / 'b.svg').read_bytes()
+    for suffix, magic in (('png', b'\x89PNG'), ('svg', b'<?xml'), ('pdf', b'%PDF')):
+        output('tools/plot.py', runs / 'training', runs / 'search', '-o', tmp_path / f'a.{suffix}')
+        assert (tmp_path / f'a.{suffix}').read_bytes().startswith(magic)
 
 
 @needs_matplotlib
@@ -166,20 +72,10 @@ def test_plot_while_a_run_goes_on(runs, tmp_path):
     records = (runs / 'search' / 'metrics.jsonl').read_text().splitlines(keepends=True)
     for count in range(1, len(records)):
         (tmp_path / 'metrics.jsonl').write_text(''.join(records[:count]) + records[count][:20])
-        if count in (1, 3):
+        if count in (2, 4):  # behind the record of the start
             output('tools/plot.py', tmp_path, '-o', tmp_path / 'a.png')
     (tmp_path / 'metrics.jsonl').write_text(records[0][:20])
     assert 'no complete record yet' in mistake('tools/plot.py', tmp_path, '-o', tmp_path / 'a.png')
-    (tmp_path / 'metrics.jsonl').write_text(records[0][:20] + '\n' + records[0])
-    assert 'line 1: is not a record' in mistake('tools/plot.py', tmp_path, '-o', tmp_path / 'a.png')
-
-
-@pytest.mark.parametrize('tool', ['plot', 'report', 'table'])
-def test_missing_runs(tool, tmp_path):
-    if tool != 'table':
-        pytest.importorskip('matplotlib', reason='matplotlib is not installed')
-    assert 'there is no such directory' in mistake(f'tools/{tool}.py', tmp_path / 'none')
-    assert 'metrics.jsonl: cannot be read' in mistake(f'tools/{tool}.py', tmp_path)
 
 
 @pytest.mark.parametrize('tool', ['plot', 'report'])
@@ -195,7 +91,7 @@ def test_report(name, runs, tmp_path):
     output('tools/report.py', runs / name, '-o', tmp_path / 'a.html')
     page = (tmp_path / 'a.html').read_text()
     assert not re.search(r'(src|href)="(?!#)|@import|url\((?!#)', page), 'an external resource'
-    for text in ('--dataset', 'digits', 'device cpu', 'training speed', 'epochs done', 'concat' if has_graphviz else 'node 0'):
+    for text in ('--dataset', 'digits', 'device cpu', 'training speed', 'epochs done', 'concatenation'):
         assert text in page
     if CHROMIUM:
         shot = tmp_path / 'a.png'
@@ -213,29 +109,14 @@ def test_report_without_graphviz_describes_the_cells(runs, tmp_path):
     assert 'node 0 = separable conv 5x5' in (tmp_path / 'a.html').read_text()
 
 
-def test_table(runs, tmp_path):
+def test_table(runs):
     header, training, search = output('tools/table.py', runs / 'training', runs / 'search').splitlines()
     assert re.split(r'\s{2,}', header)[:3] == ['run', 'data', 'parameters']
     cells = re.split(r'\s{2,}', training)
-    assert cells[0] == 'training' and cells[6] == '1/1' and cells[-1] == 'NAONet_B'
+    assert cells[0] == 'training' and cells[7] == '1/1' and cells[-1] == 'NAONet_B'
     best = json.loads((runs / 'training' / 'metrics.jsonl').read_text().splitlines()[-1])['best_acc_top1']
     assert cells[4] == f'{100 - best:.2f} %'
     assert search.endswith((runs / 'search' / 'arch_pool.final').read_text().splitlines()[0])
-    command = [sys.executable, 'tools/table.py', runs / 'training', tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stdout.splitlines()) == 2 and len(done.stderr.splitlines()) == 1
-
-
-def test_table_tells_runs_of_the_same_name_apart(runs, tmp_path):
-    for place in ('one', 'two'):
-        shutil.copytree(runs / 'training', tmp_path / place / 'training')
-    _, *rows = output('tools/table.py', tmp_path / 'one', tmp_path / 'two' / 'training', runs / 'search').splitlines()
-    assert [row.split()[0] for row in rows] == [str(tmp_path / 'one/training'), str(tmp_path / 'two/training'), 'search']
-
-
-def test_table_looks_into_a_directory_of_runs(runs):
-    assert output('tools/table.py', runs) == output('tools/table.py', *sorted(
-        path.parent for path in runs.glob('*/metrics.jsonl')))
 
 
 def test_a_search_the_complete_way(runs, tmp_path):
@@ -266,14 +147,35 @@ def test_predictions_are_those_of_testing(runs, tmp_path):
     assert [int(lines[6 * index + 1].split()[-1]) for index in range(4)] == expected
 
 
-def test_predict_on_large_images(tmp_path):
-    network = hubconf.naonet_a_imagenet(layers=1, channels=4, classes=3)
+@pytest.mark.parametrize('classes', [['ant', 'bee', 'cow'], ['alone']])
+def test_predict_on_large_images(classes, tmp_path):
+    network = hubconf.naonet_a_imagenet(layers=1, channels=4, classes=len(classes))
     state = {'args': {'layers': 1, 'channels': 4}, 'arch': architecture.PUBLISHED['NAONet_A'], 'model': network.state_dict(),
-             'classes': ['ant', 'bee', 'cow']}
+             'classes': classes}
     torch.save(state, tmp_path / 'checkpoint.pt')
     Image.new('RGB', (300, 260), 'red').save(tmp_path / 'red.jpg')
     lines = output('tools/predict.py', '--checkpoint', tmp_path / 'checkpoint.pt', tmp_path / 'red.jpg').splitlines()
-    assert sorted(line.split()[-1] for line in lines[1:]) == ['ant', 'bee', 'cow']
+    assert sorted(line.split()[-1] for line in lines[1:]) == classes
+
+
+def test_predict_by_a_network_of_a_folder_of_small_images(tmp_path):
+    """A red image is predicted as in testing: resized to the training's squares, normalised by what was measured there."""
+    for name, colour in (('red', (255, 0, 0)), ('blue', (0, 0, 255))):
+        for part in ('train', 'valid'):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new('RGB', (20, 30), colour).save(tmp_path / part / name / 'image.png')
+    images = datasets.load('folder', tmp_path, True, torch.device('cpu'), datasets.Folder(size=24))
+    network = hubconf.naonet('0 1 1 2 0 3 1 4', layers=1, channels=4, classes=2)
+    state = {'args': {'layers': 1, 'channels': 4, 'dataset': 'folder'}, 'arch': '0 1 1 2 0 3 1 4',
+             'model': network.state_dict(), 'classes': images.classes, 'images': images.info}
+    path, red = tmp_path / 'checkpoint.pt', tmp_path / 'train/red/image.png'
+    torch.save(state, path)
+    batch, labels = next(iter(datasets.EvalBatches(images, 2)))
+    with torch.inference_mode():
+        expected = network.eval()(batch)[0].softmax(1)[labels.tolist().index(images.classes.index('red'))].max().item()
+    assert float(output('tools/predict.py', '--checkpoint', path, red).split()[1]) == pytest.approx(100 * expected, abs=0.006)
+    torch.save({name: value for name, value in state.items() if name != 'images'}, path)
+    assert 'has no "images"' in mistake('tools/predict.py', '--checkpoint', path, red)
 
 
 def test_predict_mistakes(runs, tmp_path):
@@ -284,7 +186,7 @@ def test_predict_mistakes(runs, tmp_path):
 # ------------------------------------------------------------------------------------------------------ help and progress
 
 PROGRAMS = ['train_cifar.py', 'train_imagenet.py', 'train_search.py', *(f'tools/{name}.py' for name in (
-    'draw', 'plot', 'predict', 'report', 'table'))]
+    'compare', 'draw', 'plot', 'predict', 'report', 'table'))]
 
 
 @pytest.mark.parametrize('program', PROGRAMS)

@@ -18,9 +18,10 @@ import flags
 from architecture import Architecture, nodes_of, unread_states
 from operations import OPERATIONS
 
-FORMATS = ('svg', 'png', 'pdf')
-COLOURS = {'conv': '#1f5fa8', 'pool': '#2a7d3f', 'identity': '#777777'}  # by a word of the operation's name
 INPUTS = ('previous-previous cell', 'previous cell')
+LOOKS = (  # a word of an operation's name -> the line and the filling of its box
+    ('conv', '#1f5fa8', '#dbe8f6'), ('pool', '#2a7d3f', '#dcf0e0'), ('identity', '#666666', '#eeeeee'),
+    ('', '#8a5a00', '#fbeed5'))
 
 
 def state_name(state: int) -> str:
@@ -34,39 +35,53 @@ def statement(what: str, **attributes: str) -> str:
     return f'    {what} [{listed}]'
 
 
-def operation_edge(source: str, target: str, operation: int, stride: str) -> str:
-    """A line of DOT: an operation on its way from a state to a node."""
-    name = OPERATIONS[operation].name
-    colour = next((colour for word, colour in COLOURS.items() if word in name), 'gray')
-    name = re.sub(r'(?<=\d)x(?=\d)', '×', name).replace('separable', 'sep').replace('average', 'avg')
-    return statement(f'{source} -> {target}', label=name + stride, color=colour, fontcolor=colour)
+def box(name: str, title: str, source: str, target: str, **line: str) -> list[str]:
+    """The lines of DOT for an operation: a box that stands on its edge, so that no label can stray to another."""
+    colour, filling = next(look for word, *look in LOOKS if word in title)
+    title = re.sub(r'(?<=\d)x(?=\d)', '×', title).replace('separable', 'sep').replace('average', 'avg')
+    return [statement(name, label=title, color=colour, fontcolor=colour, fillcolor=filling),
+            statement(f'{source} -> {name}', color=colour, arrowhead='none', **line),
+            statement(f'{name} -> {target}', color=colour, **line)]
 
 
-def cell_source(cell: tuple[int, ...], name: str) -> list[str]:
-    """The lines of DOT for a cell: states from left to right, unread ones into the concatenation."""
+def cell_lines(cell: tuple[int, ...], name: str, group: str) -> list[str]:
+    """The lines of DOT for a cell: its inputs above, then nodes under the operations that they add, the concatenation below.
+
+    group: the kind of subgraph, 'cluster' for one with a frame.
+    """
     states = [f'{name}{state}' for state in range(len(cell) // 4 + 2)]
     stride = [' /2' if name == 'reduction' and state < 2 else '' for state in range(len(states))]
-    lines = [f'  subgraph cluster_{name} {{', f'    label="{name} cell{" (/2: stride 2)" if any(stride) else ""}"',
-             f'    {{ rank=same; {states[0]}; {states[1]} }}']
+    title = f'  label="{name} cell{" (/2: stride 2)" if any(stride) else ""}"; labelloc=t'
+    lines = [f'  subgraph {group}_{name} {{', title] if group == 'cluster' else [title, f'  subgraph {group}_{name} {{']
     lines += [statement(states[state], label=INPUTS[state].replace(' ', r'\n'), fillcolor='#f6d9b0') for state in (0, 1)]
-    lines += [statement(node, label=str(index), shape='circle', fillcolor='#cfe0f3') for index, node in enumerate(states[2:])]
-    lines.append(statement(f'{name}_out', label='concat', fillcolor='#d5ead0'))
+    lines += [statement(node, label=f'node {index}', shape='ellipse', fillcolor='#ffffff')
+              for index, node in enumerate(states[2:])]
+    lines.append(statement(f'{name}_out', label='concatenation', fillcolor='#e8dff5'))
     for node, (x_id, x_op, y_id, y_op) in zip(states[2:], nodes_of(cell), strict=True):
-        lines += [operation_edge(states[state], node, operation, stride[state])
-                  for state, operation in ((x_id, x_op), (y_id, y_op))]
-    lines += [statement(f'{states[state]} -> {name}_out', style='dashed', label=stride[state]) for state in unread_states(cell)]
+        for side, state, operation in (('x', x_id, x_op), ('y', y_id, y_op)):
+            lines += box(f'{node}{side}', OPERATIONS[operation].name + stride[state], states[state], node)
+    for state in unread_states(cell):
+        if stride[state]:
+            lines += box(f'{states[state]}_out', 'identity /2', states[state], f'{name}_out', style='dashed')
+        else:
+            lines.append(statement(f'{states[state]} -> {name}_out', style='dashed'))
     return [*lines, '  }']
 
 
-def dot_source(arch: Architecture) -> str:
-    """The DOT text of an architecture."""
+def dot_source(**cells: tuple[int, ...]) -> str:
+    """The DOT text of cells side by side, normal=… and reduction=…, their inputs and their outputs aligned.
+
+    A cell alone has no frame, and its inputs in their order, which Graphviz does not keep inside of frames.
+    """
+    group = 'cluster' if len(cells) > 1 else 'cell'
     return '\n'.join([
         'digraph architecture {',
-        '  rankdir=LR; nodesep=0.25; ranksep=0.4; newrank=true; fontname="Helvetica"; fontsize=18',
-        '  node [shape=box, style="rounded,filled", fontname="Helvetica", fontsize=13, margin="0.1,0.05"]',
-        '  edge [fontname="Helvetica", fontsize=12, arrowsize=0.7]',
-        *cell_source(arch.normal, 'normal'), *cell_source(arch.reduction, 'reduction'),
-        *(statement(f'normal_out -> reduction{state}', style='invis') for state in (0, 1)),  # side by side
+        '  rankdir=TB; nodesep=0.16; ranksep=0.36; newrank=true; fontname="Helvetica"; fontsize=18; color="#bbbbbb"',
+        '  node [shape=box, style="rounded,filled", fontname="Helvetica", fontsize=13, height=0.3, margin="0.1,0.04"]',
+        '  edge [fontname="Helvetica", fontsize=12, arrowsize=0.6, color="#666666"]',
+        *(line for name, cell in cells.items() for line in cell_lines(cell, name, group)),
+        '  { rank=same; ' + ' -> '.join(f'{name}{state}' for name in cells for state in (0, 1)) + ' [style=invis] }',
+        '  { rank=max; ' + '; '.join(f'{name}_out' for name in cells) + ' }',
         '}', ''])
 
 
@@ -79,12 +94,12 @@ def missing_graphviz() -> str | None:
     return None if shutil.which('dot') else 'the program dot (Debian: apt install graphviz)'
 
 
-def render(arch: Architecture, form: str) -> bytes:
-    """The drawing as 'svg', 'png' or 'pdf'; raises UserError where Graphviz is absent."""
+def render(form: str, **cells: tuple[int, ...]) -> bytes:
+    """The drawing of cells (see dot_source) as 'svg', 'png' or 'pdf'; raises UserError where Graphviz is absent."""
     if missing := missing_graphviz():
         raise flags.UserError(f'drawing needs {missing}; --dot and --describe work without it')
     import graphviz
-    return graphviz.Source(dot_source(arch)).pipe(form)
+    return graphviz.Source(dot_source(**cells)).pipe(form)
 
 
 def describe_cells(arch: Architecture) -> str:
@@ -124,15 +139,13 @@ def main() -> None:
     if args.describe:
         print(describe(arch, args.layers, args.channels))
     if args.dot:
-        print(dot_source(arch), end='')
+        print(dot_source(**arch._asdict()), end='')
     if args.output:
-        form = args.output.suffix[1:].lower()
-        if form not in FORMATS:
-            raise flags.UserError(f'-o {args.output}: must end in .svg, .png or .pdf')
-        runs.write(args.output, render(arch, form))
+        form = runs.format_of(args.output)
+        runs.write(args.output, render(form, **arch._asdict()))
     elif not (args.describe or args.dot):
         raise flags.UserError('nothing to do; give -o FILE.svg, --dot or --describe')
 
 
 if __name__ == '__main__':
-    flags.run_program(main, goes_on=False)
+    runs.run_tool(main)

@@ -3,139 +3,290 @@
     python tools/plot.py exp/NAONet_A_36_cifar10 -o training.png       # accuracy, loss, learning rate
     python tools/plot.py exp/search_cifar10 -o search.svg              # also each round's accuracies and the controller
     python tools/plot.py exp/first exp/second -o both.pdf              # compare
+    python tools/plot.py exp/seeds -o seeds.png                        # .../seed0, .../seed1, ...: their mean, with a band
 
-Needs the package matplotlib.
+A band is one standard deviation to either side. Where few values, such as those of the first epochs, would take more than half
+of an axis, they are left out and named in a corner. Needs the package matplotlib.
 """
 
 import argparse
 import io
 import itertools
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import runs
-from runs import RunFiles
+from runs import RunFiles, Series
 
 import flags
 
-FORMATS = ('png', 'svg', 'pdf')
 Axes = Any  # matplotlib's, which is optional and imported late
-Panel = Callable[[Axes, list[RunFiles]], None]
+COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000', '#999999')  # told apart by all eyes
+SIZE = 4.8, 3.3  # of a panel, in inches
+STYLES = '-', '--', ':'  # of the curves of a run
+FEW = 30  # points of a curve that get a mark each
+STYLE = {'font.size': 10, 'axes.titlesize': 11, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.grid': True,
+         'grid.alpha': 0.3, 'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False,
+         'legend.frameon': False, 'legend.fontsize': 9}
 
 
-def curves(axes: Axes, run: RunFiles, kind: str, x: str, ys: dict[str, Callable[[dict], float]], colour: str) -> None:
-    """Plot curves of a run's records of a kind, each named in `ys`; the first is solid, the second dashed."""
-    records = run.records(kind)
-    of_name = {name: [(record[x], y(record)) for record in records if y(record) is not None] for name, y in ys.items()}
-    of_name = {name: points for name, points in of_name.items() if points}
-    for style, (name, points) in zip(('-', '--'), of_name.items(), strict=False):
-        axes.plot(*zip(*points, strict=True), style, color=colour, label=f'{run.name} {name.replace("_", " ")}'.strip(),
-                  marker='o' if len(points) < 30 else None, markersize=4)
+def literal(name: str) -> str:
+    """A name as matplotlib must be told it to show it as it is: no formula between $, not hidden by a leading _."""
+    return (' ' if name.startswith('_') else '') + name.replace('$', r'\$')
 
 
-def by_run(title: str, unit: str, kind: str, x: str = 'epoch', **ys: Callable[[dict], float]) -> Panel:
-    """A panel of curves over epochs, each run in a colour of its own."""
-    def panel(axes: Axes, of: list[RunFiles]) -> None:
-        for index, run in enumerate(of):
-            curves(axes, run, kind, x, ys, f'C{index}')
-        axes.set(title=title, xlabel=of[0].unit, ylabel=unit)
-        axes.legend(fontsize='small')
-    return panel
+class Line(NamedTuple):
+    """A series as a figure shows it."""
+
+    colour: str
+    series: Series
+
+    @property
+    def label(self) -> str:
+        """Its name, as matplotlib must be told it."""
+        return literal(self.series.label)
 
 
-def round_accuracies(axes: Axes, of: list[RunFiles]) -> None:
-    """Each round's distribution of accuracies as a violin, the best of the round, and the best so far as a line."""
-    for index, run in enumerate(of):
-        scores = run.records('score')
-        epochs = [record['epoch'] for record in scores]
-        widths = 0.6 * min((b - a for a, b in itertools.pairwise(epochs)), default=1)
-        parts = axes.violinplot([[100 * accuracy for accuracy in record['accuracies']] for record in scores], epochs,
-                                widths=widths, showmedians=True)
-        for body in parts['bodies']:
-            body.set_facecolor(f'C{index}')
-        for name in ('cmins', 'cmaxes', 'cbars', 'cmedians'):
-            parts[name].set(color=f'C{index}', linewidth=1)
-        best = [100 * max(max(record['accuracies']) for record in scores[:count + 1]) for count in range(len(scores))]
-        axes.plot(epochs, best, 'k.-' if len(of) == 1 else f'C{index}.-', label=f'{run.name}: best so far')
-    axes.set(title='accuracies of the pool, round by round', xlabel=of[0].unit, ylabel='validation accuracy (%)')
-    axes.legend(fontsize='small')
+class Panel(NamedTuple):
+    """What shows one thing about all series whose runs have recorded enough of it."""
+
+    enough: Callable[[RunFiles], Any]
+    draw: Callable[[Axes, list[Line]], None]
+    apart: bool = False  # each series in axes of its own, side by side
 
 
-def new_per_lambda(axes: Axes, of: list[RunFiles]) -> None:
-    """How many new architectures each step size λ gave, the rounds stacked."""
-    bars = [(f'{run.name}, {run.unit} {record["epoch"]}', record['per_lambda']) for run in of for record in run.records('new')]
-    lambdas = sorted({int(step) for _, counts in bars for step in counts})
-    below = [0] * len(lambdas)
-    for name, counts in bars:
-        heights = [counts.get(str(step), 0) for step in lambdas]
-        axes.bar([str(step) for step in lambdas], heights, bottom=below, label=name)
-        below = [low + height for low, height in zip(below, heights, strict=True)]
-    axes.set(title='new architectures by step size', xlabel='λ', ylabel='architectures')
-    axes.legend(fontsize='small')
+def frame(values: list[float], few: int) -> tuple[float, float]:
+    """The lowest and the highest value, without those of the `few` at an end that would take more than half of the range."""
+    ordered = sorted(values)
+    low, high, few = ordered[0], ordered[-1], min(few, (len(ordered) - 1) // 2)
+    if high - ordered[few] < (high - low) / 2:
+        low = ordered[few]
+    if ordered[-1 - few] - low < (high - low) / 2:
+        high = ordered[-1 - few]
+    return low, high
 
 
-def ranking(axes: Axes, of: list[RunFiles]) -> None:
-    """The accuracy that each of a search's best reached when it was trained from scratch."""
-    for index, run in enumerate(of):
-        records = run.records('rank')
-        places = [record['index'] + 1 + 0.8 * ((index + 0.5) / len(of) - 0.5) for record in records]
-        axes.bar(places, [100 * record['accuracy'] for record in records], width=0.8 / len(of), label=run.name)
-    axes.set(title='the best, trained from scratch', xlabel='place in the pool', ylabel='validation accuracy (%)')
-    axes.legend(fontsize='small')
+def finish(axes: Axes, title: str, x: str, y: str, curves: Iterable[list[float]], most: float = np.inf,
+           share: int = 10) -> None:
+    """Title, names and limits of the axes, and a legend under the title, where it covers nothing.
+
+    The limits are within 0 and `most`, and leave out at most one in `share` values of each curve, see `frame`.
+    """
+    curves = [finite for values in curves if (finite := [value for value in values if np.isfinite(value)])] or [[0.0]]
+    values = [*itertools.chain(*curves)]
+    lows, highs = zip(*(frame(of_one, max(1, len(of_one) // share)) for of_one in curves), strict=True)
+    margin = 0.07 * (max(highs) - min(lows)) or 0.05 * max(highs) or 1.0
+    low, high = max(0.0, min(lows) - margin), min(most, max(highs) + margin)
+    axes.set(xlabel=x, ylabel=y, ylim=(low, high))
+    for outside, name, value, height, side in ((min(values) < low, 'lowest', min(values), 0.02, 'bottom'),
+                                               (max(values) > high, 'highest', max(values), 0.98, 'top')):
+        if outside:
+            axes.text(0.99, height, f'{name}: {value:.3g}', transform=axes.transAxes, ha='right', va=side, fontsize=8,
+                      color='#666666')
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(handles, labels, loc='lower left', bbox_to_anchor=(-0.01, 1), borderaxespad=0, ncols=4, handlelength=1.8,
+                    columnspacing=1.2)
+    axes.set_title(title)
 
 
-PANELS: tuple[tuple[str, Panel], ...] = (  # a panel is drawn for the runs that have records of its kind
-    ('epoch', by_run('accuracy', 'top-1 accuracy (%)', 'epoch', test=lambda record: record.get('test', {}).get('top1'),
-                     train=lambda record: record['train']['top1'])),
-    ('epoch', by_run('loss', 'loss', 'epoch', test=lambda record: record.get('test', {}).get('loss'),
-                     train=lambda record: record['train']['loss'])),
-    ('epoch', by_run('learning rate', 'learning rate', 'epoch', _=lambda record: record['lr'])),
-    ('score', round_accuracies),
-    ('controller', by_run('controller', 'on the pool it was fitted to', 'controller', 'search_epoch',
-                          pairwise_accuracy=lambda record: record['pairwise_accuracy'],
-                          Hamming_distance=lambda record: record['hamming_distance'])),
-    ('new', new_per_lambda),
-    ('rank', ranking),
+def curve(axes: Axes, line: Line, points: list[list[tuple[float, float]]], **style: Any) -> list[float]:
+    """Plot curves of (x, y), one a run, as their mean with a band of one standard deviation; returns the means."""
+    points = [of_run for of_run in points if of_run]
+    at = defaultdict(list)
+    for x, y in itertools.chain(*points):
+        at[x].append(y)
+    xs = sorted(x for x in at if len(at[x]) == len(points)) or sorted(at)  # where all runs are, if they are anywhere
+    means = np.array([np.mean(at[x]) for x in xs])
+    bands = np.array([np.std(at[x], ddof=1) if len(at[x]) > 1 else 0 for x in xs])
+    axes.plot(xs, means, color=line.colour, marker='o' if len(xs) < FEW else None, markersize=4, **style)
+    if bands.any():
+        axes.fill_between(xs, means - bands, means + bands, color=line.colour, alpha=0.2, linewidth=0)
+    return means.tolist()
+
+
+def curves(title: str, kind: str, x: str, y: str, most: float = np.inf,
+           **of_record: Callable[[dict], float | None]) -> Callable[[Axes, list[Line]], None]:
+    """What draws curves of records of a kind, each series in its colour, each thing that they tell in a style of its own.
+
+    x: the axis's name, and the field of a record, if it has one of that name, else a record's number, from 1.
+    """
+    def draw(axes: Axes, of: list[Line]) -> None:
+        values: dict[str, list[list[float]]] = {}
+        for name, read in of_record.items():
+            style = {'linestyle': STYLES[len(values)], 'markerfacecolor': 'white'} if values else {}
+            for line in of:
+                points = [[(record.get(x, number), read(record)) for number, record in enumerate(run.records(kind), start=1)
+                           if read(record) is not None] for run in line.series.runs]
+                if any(points):
+                    values.setdefault(name, []).append(curve(axes, line, points, **style))
+            if name in values:
+                axes.plot([], [], color='#444444' if len(of) > 1 else of[0].colour, label=name.replace('_', ' '), **style)
+        if len(values) < 2:
+            axes.lines[-1].set_label(None)
+        alone = next(iter(values), '') if len(of_record) > 1 and len(values) == 1 else ''
+        finish(axes, f'{alone} {title}'.strip(), x, y, itertools.chain(*values.values()), most)
+    return draw
+
+
+def pools(axes: Axes, of: list[Line], among: list[Line]) -> None:
+    """How accurate the architectures of each round were, as violins, with the median and the best so far.
+
+    among: all series, side by side with this one, that it is to be compared with.
+    """
+    line, = of
+    at, best = defaultdict(list), []
+    for run in line.series.runs:
+        for record in run.records('score'):
+            at[record['epoch']] += [100 * accuracy for accuracy in record['accuracies']]
+        so_far = itertools.accumulate((100 * max(record['accuracies']) for record in run.records('score')), max)
+        best.append([(record['epoch'], value) for record, value in zip(run.records('score'), so_far, strict=True)])
+    width = 0.7 * min((b - a for a, b in itertools.pairwise(sorted(at))), default=1)
+    for body in axes.violinplot([*at.values()], [*at], widths=width, showextrema=False)['bodies']:
+        body.set(facecolor=line.colour, alpha=0.3)
+    axes.scatter([*at], [np.median(values) for values in at.values()], marker='_', s=120, color=line.colour, label='median')
+    curve(axes, line._replace(colour='#222222'), best, label='best so far')
+    axes.set_xlim(min(at) - width, max(at) + width)
+    if len(at) <= 10:
+        axes.set_xticks([*at])
+    finish(axes, f'{line.label}: the pool, round by round', line.series.runs[0].unit, 'validation accuracy (%)',
+           [[100 * accuracy for accuracy in record['accuracies']] for line in among for run in line.series.runs
+            for record in run.records('score')], 100, share=40)
+
+
+def new_per_lambda(axes: Axes, of: list[Line]) -> None:
+    """How many new architectures each step size λ gave, over all rounds; a run's mean where there are several."""
+    counts = [Counter() for _ in of]
+    for count, line in zip(counts, of, strict=True):
+        for run in line.series.runs:
+            for record in run.records('new'):
+                count.update({float(step): number / len(line.series.runs) for step, number in record['per_lambda'].items()})
+    steps = sorted(set().union(*counts))
+    for index, (count, line) in enumerate(zip(counts, of, strict=True)):
+        places = [place + 0.8 * ((index + 0.5) / len(of) - 0.5) for place in range(len(steps))]
+        axes.bar(places, [count[step] for step in steps], width=0.8 / len(of), color=line.colour)
+    shown = range(0, len(steps), -(-len(steps) // 12))
+    axes.set_xticks([*shown], [f'{steps[place]:g}' for place in shown])
+    finish(axes, 'new architectures by step size', 'step size λ', 'architectures', [])
+    axes.set_ylim(0, 1.07 * max(itertools.chain(*(count.values() for count in counts))))
+
+
+def ranking(axes: Axes, of: list[Line]) -> None:
+    """The accuracy that each of a search's best reached when it was trained from scratch, by its place in the pool."""
+    values = []
+    for line in of:
+        places, found = zip(*((record['index'] + 1, 100 * record['accuracy'])
+                              for run in line.series.runs for record in run.records('rank')), strict=True)
+        axes.scatter(places, found, color=line.colour, s=36)
+        values.append(found)
+    finish(axes, 'the best, trained from scratch', 'place in the pool', 'validation accuracy (%)', values, 100)
+
+
+def pareto(axes: Axes, of: list[Line]) -> None:
+    """Accuracy against multiply-adds: the architectures that no other of the pool beats in both."""
+    values = []
+    for line in of:
+        for run in line.series.runs:
+            accuracies, madds = zip(*((100 * accuracy, cost / 1e6) for accuracy, cost in run.pareto), strict=True)
+            axes.plot(madds, accuracies, 'o-', drawstyle='steps-post', color=line.colour, markersize=4)
+            values.append(accuracies)
+    finish(axes, 'accuracy and cost: the Pareto front', 'multiply-adds of one image (millions)', 'accuracy (%)', values, 100)
+
+
+def several(kind: str) -> Callable[[RunFiles], bool]:
+    """Whether a run has recorded more than one of a kind: a single one is no curve."""
+    return lambda run: len(run.records(kind)) > 1
+
+
+PANELS = (
+    Panel(lambda run: run.records('epoch'), curves(
+        'accuracy', 'epoch', 'epoch', 'top-1 accuracy (%)', 100, test=lambda record: record.get('test', {}).get('top1'),
+        validation=lambda record: record.get('valid', {}).get('top1'),
+        training=lambda record: record['train']['top1'])),
+    Panel(several('epoch'), curves(
+        'loss', 'epoch', 'epoch', 'loss', test=lambda record: record.get('test', {}).get('loss'),
+        validation=lambda record: record.get('valid', {}).get('loss'),
+        training=lambda record: record['train']['loss'])),
+    Panel(several('epoch'), curves('learning rate', 'epoch', 'epoch', 'learning rate', rate=lambda record: record['lr'])),
+    Panel(lambda run: run.records('score'), pools, apart=True),
+    Panel(several('controller'), curves(
+        'controller, on the pool it was fitted to', 'controller', 'fit', 'share', 1,
+        pairwise_accuracy=lambda record: record['pairwise_accuracy'],
+        Hamming_distance=lambda record: record['hamming_distance'])),
+    Panel(lambda run: len({step for record in run.records('new') for step in record['per_lambda']}) > 1, new_per_lambda),
+    Panel(several('rank'), ranking),
+    Panel(lambda run: len(run.pareto) > 1, pareto),
 )
 
 
-def figure(of: list[RunFiles], columns: int = 3) -> Any:
-    """A matplotlib Figure with a panel for everything that the runs have recorded. Raises UserError."""
+Part = tuple[Callable[[Axes, list[Line]], None], list[Line]]  # what draws into axes of its own, and what of
+
+
+def parts_of(of: list[Series]) -> list[Part]:
+    """What there is to draw of series. Raises UserError where runs are damaged, or matplotlib is absent."""
     runs.need('matplotlib')
+    lines, parts = [Line(COLOURS[index % len(COLOURS)], series) for index, series in enumerate(of)], []
+    for panel in PANELS:
+        having = [line._replace(series=line.series.having(panel.enough)) for line in lines]
+        having = [line for line in having if line.series.runs]
+        if panel.apart:
+            parts += [(partial(panel.draw, among=having), [line]) for line in having]
+        elif having:
+            parts.append((panel.draw, having))
+    return parts
+
+
+def rows_of(parts: list[Part], columns: int = 3) -> list[list[Part]]:
+    """Parts in as few rows as that takes, of lengths that differ by one at most."""
+    count, rest = -(-len(parts) // columns), iter(parts)
+    return [[*itertools.islice(rest, len(parts) // count + (row < len(parts) % count))] for row in range(count)]
+
+
+def figure(rows: list[list[Part]], width: float = SIZE[0]) -> Any:
+    """A matplotlib Figure of rows of parts, which are all full; width: of a part of the longest row, in inches."""
+    import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-    panels = [(panel, having) for kind, panel in PANELS if (having := [run for run in of if run.records(kind)])]
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    drawing = Figure(figsize=(5 * columns, 3.6 * rows), layout='constrained')
-    grid = list(drawing.subplots(rows, columns, squeeze=False).flat)
-    for (panel, having), axes in zip(panels, grid, strict=False):
-        panel(axes, having)
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.margins(y=0.2)  # room for the legend
-        if axes.dataLim.width < 1:  # a single epoch or λ so far
-            axes.set_xlim(axes.dataLim.x0 - 1, axes.dataLim.x1 + 1)
-        axes.spines[['top', 'right']].set_visible(False)
-        if panel is not new_per_lambda:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in grid[len(panels):]:
-        axes.set_axis_off()
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(width * max(map(len, rows)), SIZE[1] * len(rows)), layout='constrained')
+        drawing.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        grid = drawing.add_gridspec(len(rows), 12)
+        for row, parts in enumerate(rows):
+            wide = 12 // len(parts)
+            of_row = [drawing.add_subplot(grid[row, wide * place:wide * (place + 1)]) for place in range(len(parts))]
+            for axes, (draw, having) in zip(of_row, parts, strict=True):
+                draw(axes, having)
+                if not isinstance(axes.xaxis.get_major_locator(), FixedLocator):
+                    axes.xaxis.set_major_locator(MaxNLocator('auto', integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+                if axes.dataLim.width < 1:  # a single epoch so far
+                    axes.set_xlim(axes.dataLim.x0 - 0.9, axes.dataLim.x1 + 0.9)
+            for axes in of_row:  # on one line, whether under it is a legend or not
+                axes.set_title(axes.get_title('left'), pad=20 if any(axes.get_legend() for axes in of_row) else 6)
+        lines = {line.colour: line.label for parts in rows for _, having in parts for line in having}
+        if len(lines) > 1:
+            drawing.legend([Line2D([], [], color=colour, linewidth=3) for colour in lines], [*lines.values()],
+                           loc='outside lower center', ncols=min(4, len(lines)))
     return drawing
 
 
 def render(drawing: Any, form: str) -> bytes:
-    """A figure as 'png', 'svg' or 'pdf'."""
+    """A figure as 'png', 'svg' or 'pdf'; the same figure is the same bytes."""
+    import matplotlib
     buffer = io.BytesIO()
-    drawing.savefig(buffer, format=form, dpi=130)
+    with matplotlib.rc_context({'svg.hashsalt': 'nao'}):
+        drawing.savefig(buffer, format=form, dpi=130, metadata={'svg': {'Date': None}, 'pdf': {'CreationDate': None}}.get(form))
     return buffer.getvalue()
 
 
 def parse_args() -> argparse.Namespace:
     """The program's flags."""
     parser = flags.Parser('Plot what runs have recorded so far.', 'RUN ...')
-    parser.add_argument('runs', metavar='RUN', nargs='+', type=Path, help='output directories of runs, finished or going on')
+    runs.add_runs(parser)
     parser.add_argument('-o', '--output', type=Path, metavar='FILE', default=Path('plot.png'),
                         help='what to write: FILE.png, FILE.svg or FILE.pdf')
     return parser.parse_args()
@@ -144,11 +295,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Write the figure."""
     args = parse_args()
-    form = args.output.suffix[1:].lower()
-    if form not in FORMATS:
-        raise flags.UserError(f'-o {args.output}: must end in .png, .svg or .pdf')
-    runs.write(args.output, render(figure([RunFiles(path) for path in args.runs]), form))
+    mistakes: list[str] = []
+    form, found = runs.format_of(args.output), runs.find(args.runs, mistakes)
+    readable = [run for run in found if runs.succeeds(mistakes, lambda run=run: run.metrics)]
+    if readable:
+        runs.write(args.output, render(figure(rows_of(parts_of(runs.series_of(readable, args.all)))), form))
+    runs.name_mistakes(mistakes)
 
 
 if __name__ == '__main__':
-    flags.run_program(main, goes_on=False)
+    runs.run_tool(main)

@@ -4,10 +4,11 @@
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import runs  # noqa: F401 - it puts the project's modules on the path
+import runs
 import torch
 from torch import Tensor
 from torchvision import transforms
@@ -27,8 +28,11 @@ CLASS_NAMES = {
 }
 
 
-def read_image(path: Path, imagenet: bool, dataset: str) -> Tensor:
-    """An image file as a batch (1, 3, size, size), scaled, cropped and normalised as in testing. Raises UserError."""
+def read_image(path: Path, imagenet: bool, dataset: str, images: dict[str, Any] | None) -> Tensor:
+    """An image file as a batch (1, 3, size, size), scaled, cropped and normalised as in testing. Raises UserError.
+
+    images: what the checkpoint says of the images that it was trained on, see datasets.ImageSet.info.
+    """
     try:
         if path.exists() and not path.is_file():
             raise OSError('a pipe or the like')
@@ -38,6 +42,9 @@ def read_image(path: Path, imagenet: bool, dataset: str) -> Tensor:
         raise flags.UserError(f'{path}: cannot be read ({reason})') from None
     if imagenet:
         transform, statistics = image_files.middle, (image_files.IMAGENET_MEAN, image_files.IMAGENET_STD)
+    elif dataset == 'folder':
+        transform = partial(class_folders.resize, height=images['size'], width=images['size'])
+        statistics = (images['mean'], images['std'])
     else:
         transform, source = SMALL_TRANSFORM, datasets.SOURCES[dataset]
         statistics = (source.mean, source.std)
@@ -69,9 +76,11 @@ def main() -> None:
     state = checkpoint.load(args.checkpoint)
     imagenet = hasattr(network, 'stem0')
     dataset = 'imagenet' if imagenet else state['args'].get('dataset') or 'cifar10'
+    if dataset == 'folder' and not isinstance(state.get('images'), dict):
+        raise flags.UserError(f'{args.checkpoint}: has no "images", which says how the images it was trained on were scaled')
     names = class_names(state, dataset, network.classes)
     for path in args.images:
-        logits, _ = network(read_image(path, imagenet, dataset).to(args.device))
+        logits, _ = network(read_image(path, imagenet, dataset, state.get('images')).to(args.device))
         likely = logits.softmax(1)[0].topk(min(5, network.classes))
         print(path)
         for probability, index in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
@@ -79,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.run_program(main, goes_on=False)
+    runs.run_tool(main)

@@ -1,46 +1,96 @@
 """Compare runs, finished or going on: a row each, beside the published error of the same network.
 
-    python tools/table.py exp/*
+    python tools/table.py exp                  # every run below it; or some of them: exp/first exp/second
+    python tools/table.py --all exp            # runs that differ in their seeds in a row each
 
-Of a directory that only holds runs, such as exp/quickstart, each is a row.
-A search's error is that of its best architecture on the validation split; its sizes are those of that architecture's
-network as the search trains it from scratch.
+Runs in .../seed0, .../seed1 and so on are one row: mean ± standard deviation. The error of a training is the best on the test
+images, which chose the epoch; the one of the last epoch stands beside it. With --holdout, it is the one look at the test images
+when that has been; `valid` marks errors on images held out from training. A search's error is that of its best architecture on
+its validation split; its sizes are those of that architecture's network as the search trains it from scratch.
 """
 
 import argparse
-import sys
-from collections import Counter
-from pathlib import Path
+import statistics
+from collections.abc import Callable
+from typing import Any
 
 import runs
-from runs import RunFiles
+from runs import RunFiles, Series
 
 import flags
 from architecture import PUBLISHED, parse
 
-PUBLISHED_ERRORS = {  # (architecture, data set, channels) -> top-1 error in per cent (paper, tables 1 and 3)
+PUBLISHED_ERRORS = {  # (architecture, data set, channels) -> top-1 error in per cent (papers and their repository)
     ('NAONet_A', 'cifar10', 36): 2.48,
     ('NAONet_A', 'cifar10', 128): 1.93,
     ('NAONet_B', 'cifar10', 36): 2.93,
     ('NAONet_A', 'imagenet', 42): 25.7,
+    ('NAONet_V2', 'cifar10', 36): 2.57,
+    ('NAONet_V2', 'imagenet', 52): 25.5,
 }
-HEADER = ('run', 'data', 'parameters', 'multiply-adds', 'top-1 error', 'published', 'epochs', 'hours', 'architecture')
-NUMBERS = range(2, 8)  # the columns that are set flush right
 UNKNOWN = '-'
+NUMBERS = range(2, 9)  # the columns that are set flush right
 
 
-def row(run: RunFiles, title: str) -> tuple[str, ...]:
-    """A run's row, which begins with a title; raises UserError where the run has not written what it needs."""
-    hours = UNKNOWN if run.seconds is None else f'{run.seconds / 3600:.2f}'
+def arch_name(run: RunFiles) -> str:
+    """The architecture that a run trains or has found so far, by its published name if it has one."""
     arch = run.found[0][1] if run.found else None
-    sizes = (f'{size:,}' for size in run.sizes) if arch else (UNKNOWN, UNKNOWN)
-    name = next((name for name, line in PUBLISHED.items() if arch == parse(line)), str(arch or UNKNOWN))
-    published = None if run.is_search else PUBLISHED_ERRORS.get((name, run.dataset, run.args['channels']))
-    return (title, run.dataset, *sizes, runs.percent(run.best_error) + (' valid' if run.is_search else ''),
-            runs.percent(published), run.progress + (' rounds' if run.unit == 'round' else ''), hours, name)
+    return next((name for name, line in PUBLISHED.items() if arch == parse(line)), str(arch or UNKNOWN))
 
 
-def aligned(rows: list[tuple[str, ...]]) -> str:
+def published(run: RunFiles) -> float | None:
+    """The published error of a training's network in per cent, if there is one."""
+    return None if run.is_search else PUBLISHED_ERRORS.get((arch_name(run), run.dataset, run.args['channels']))
+
+
+def number(form: str, unit: str = '') -> Callable[[list], str]:
+    """What shows the numbers of a series' runs: the only one, or mean ± standard deviation."""
+    def show(values: list) -> str:
+        if None in values:
+            return UNKNOWN
+        parts = [statistics.fmean(values), *([statistics.stdev(values)] if len(set(values)) > 1 else [])]
+        return ' ± '.join(form.format(round(part) if form == '{:,}' else part) for part in parts) + unit
+    return show
+
+
+def text(values: list[str]) -> str:
+    """What shows the words of a series' runs: theirs if they agree."""
+    different = list(dict.fromkeys(values))
+    return different[0] if len(different) == 1 else f'{len(different)} different'
+
+
+def extent(values: list[str]) -> str:
+    """What shows how far a series' runs are, such as '3/600', '3-5/600'."""
+    done, totals = zip(*(value.split('/') for value in values), strict=True)
+    first, last = min(done, key=int), max(done, key=int)
+    return (first if first == last else f'{first}-{last}') + '/' + text(list(totals))
+
+
+COLUMNS: tuple[tuple[str, Callable[[RunFiles], Any], Callable[[list], str]], ...] = (  # title, of a run, of a series
+    ('data', lambda run: run.dataset, text),
+    ('parameters', lambda run: run.sizes[0] if run.found else None, number('{:,}')),
+    ('multiply-adds', lambda run: run.sizes[1] if run.found else None, number('{:,}')),
+    ('top-1 error', lambda run: run.best_error, number('{:.2f}', ' %')),
+    ('last epoch', lambda run: run.last_error, number('{:.2f}', ' %')),
+    ('published', published, number('{:.2f}', ' %')),
+    ('epochs', lambda run: run.progress, extent),
+    ('hours', lambda run: None if run.seconds is None else run.seconds / 3600, number('{:.2f}')),
+    ('architecture', arch_name, text),
+)
+HEADER = ('run', *(title for title, _, _ in COLUMNS))
+
+
+def row(series: Series) -> list[str]:
+    """A series' row; raises UserError where a run has not written what it needs."""
+    cells = {title: show([of(run) for run in series.runs]) for title, of, show in COLUMNS}
+    if series.runs[0].judged_on == runs.VALID and cells['top-1 error'] != UNKNOWN:
+        cells['top-1 error'] += ' valid'
+    if series.runs[0].unit == 'round':
+        cells['epochs'] += ' rounds'
+    return [series.label, *cells.values()]
+
+
+def aligned(rows: list[list[str]]) -> str:
     """The rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ['  '.join(cell.rjust(width) if index in NUMBERS else cell.ljust(width)
@@ -48,36 +98,25 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
     return '\n'.join(lines)
 
 
-def runs_in(path: Path) -> list[Path]:
-    """The directory of a run itself, or those of the runs that it holds."""
-    inner = sorted(metrics.parent for metrics in path.glob('*/metrics.jsonl'))
-    return inner if inner and not (path / 'metrics.jsonl').exists() else [path]
-
-
 def parse_args() -> argparse.Namespace:
     """The program's flags."""
     parser = flags.Parser('Compare runs in a table.', 'RUN ...')
-    parser.add_argument('runs', metavar='RUN', nargs='+', type=Path, help='output directories of runs, finished or going on')
+    runs.add_runs(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Print the table; what cannot be read is named on a line of its own and makes the status 2."""
-    rows, mistakes = [HEADER], []
-    found = [RunFiles(directory) for path in parse_args().runs for directory in runs_in(path)]
-    names = Counter(run.name for run in found)
-    for run in found:
-        try:
-            rows.append(row(run, run.name if names[run.name] == 1 else str(run.path)))
-        except flags.UserError as error:
-            mistakes.append(str(error))
+    args = parse_args()
+    rows, mistakes = [[*HEADER]], []
+    for series in runs.series_of(runs.find(args.runs, mistakes), args.all):
+        readable = series.having(lambda run: runs.succeeds(mistakes, lambda: (run.metrics, run.found and run.sizes)))
+        if readable.runs:
+            rows.append(row(readable))
     if len(rows) > 1:
         print(aligned(rows), flush=True)
-    for mistake in mistakes[:-1]:
-        print(f'table.py: error: {mistake}', file=sys.stderr)
-    if mistakes:
-        raise flags.UserError(mistakes[-1])
+    runs.name_mistakes(mistakes)
 
 
 if __name__ == '__main__':
-    flags.run_program(main, goes_on=False)
+    runs.run_tool(main)

@@ -1,0 +1,118 @@
+"""tools/compare.py: what it reads of runs that go on, its statistics, its figure."""
+
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tooling import candidates, mistake, needs_matplotlib, output, search, tool, training
+
+compare = tool('tools/compare.py')
+
+
+def numbers(tmp_path, *groups):
+    output('tools/compare.py', *groups, '--json', tmp_path / 'a.json')
+    return json.loads((tmp_path / 'a.json').read_text())
+
+
+def test_searches_are_compared_where_all_of_them_are(tmp_path):
+    for seed in range(3):
+        candidates(tmp_path / 'a' / f'seed{seed}', 0.1, 0.3, 0.2, 0.5, seed=seed)
+        candidates(tmp_path / 'b' / f'seed{seed}', 0.1, 0.2 + seed / 100, 0.1, seed=seed)
+    with open(tmp_path / 'b' / 'seed2' / 'results.0.jsonl', 'ab') as file:
+        file.write(b'{"kind": "candidate", "arch": "0 5 0')
+    found = numbers(tmp_path, f'a={tmp_path}/a/seed*', f'b={tmp_path}/b/**')
+    assert found['at'] == 3 and found['unit'] == 'architectures evaluated'
+    assert found['groups']['a']['runs'][0]['y'] == [10, 30, 30, 50]
+    assert found['groups']['a']['values']['best after 3'] == [30, 0]
+    assert found['groups']['a']['hours'] == [pytest.approx(4 / 60), 0]
+    difference, = found['differences']
+    assert difference['differences'] == pytest.approx([10, 9, 8]) and difference['seeds'] == [0, 1, 2]
+    assert difference['mean'] == pytest.approx(9) and difference['p'] == 2 / 8
+    assert 8 <= difference['interval'][0] < 9 < difference['interval'][1] <= 10
+
+
+def test_results_of_several_processes_are_in_the_order_of_their_ends(tmp_path):
+    candidates(tmp_path, 0.1, 0.2, process=0)
+    candidates(tmp_path, 0.3, 0.4, process=1)
+    late = (tmp_path / 'results.0.jsonl').read_text().replace('60.0', '90.0')
+    (tmp_path / 'results.0.jsonl').write_text(late)  # ends after 90, 180; the other's after 60, 120
+    accuracies, seconds = compare.evaluations(sys.modules['runs'].RunFiles(tmp_path))
+    assert accuracies == [0.3, 0.1, 0.4, 0.2] and seconds == 180
+
+
+def test_what_another_search_had_trained_comes_first(tmp_path):
+    shared = candidates(tmp_path / 'shared', 0.5, 0.6, 0.9, process=3) / 'results.3.jsonl'
+    pool = [json.loads(line)['arch'] for line in shared.read_text().splitlines()]
+    run = candidates(tmp_path / 'run', 0.1, 0.7, child_results=str(shared))
+    state = torch.load(run / 'checkpoint.pt')
+    torch.save(state | {'pool': pool[:2]}, run / 'checkpoint.pt')  # it has not proposed the third one
+    assert numbers(tmp_path, f'a={run}')['groups']['a']['runs'][0]['y'] == pytest.approx([50, 60, 60, 70])
+    shared.unlink()
+    assert 'shared/results.3.jsonl cannot be read' in mistake('tools/compare.py', f'a={run}')
+
+
+def test_other_searches_by_their_scorings_and_their_rankings(tmp_path):
+    for seed in range(2):
+        search(tmp_path / f'seed{seed}', [0.5, 0.4], [0.4, 0.3], [0.7, 0.6], ranked=[0.8, 0.9], seed=seed)
+    found = numbers(tmp_path, f'a={tmp_path}/seed*', f'b={tmp_path}/seed0')
+    run = found['groups']['a']['runs'][0]
+    assert run['x'] == [2, 4, 6] and run['y'] == [50, 50, 70] and run['final'] == 90
+    assert [each['what'] for each in found['differences']] == ['best after 6', 'best, trained from scratch']
+    assert found['differences'][0]['seeds'] == [0] and found['differences'][0]['interval'] is None
+
+
+def test_trainings_by_their_epochs(tmp_path):
+    training(tmp_path / 'a' / 'seed3', 50.0, 70.0, 60.0, seed=3)
+    training(tmp_path / 'b' / 'seed3', 50.0, 55.0, seed=3)
+    (tmp_path / 'b' / 'seed3' / 'checkpoint.pt').unlink()  # it is in its first epochs: the directory names the seed
+    found = numbers(tmp_path, f'a={tmp_path}/a', f'b={tmp_path}/b')
+    assert found['at'] == 2 and found['differences'][0]['differences'] == [15]
+
+
+def test_runs_without_a_result_are_left_out_and_named(tmp_path):
+    candidates(tmp_path / 'a', 0.1)
+    candidates(tmp_path / 'b')
+    assert f'{tmp_path / "b" / "metrics.jsonl"}: has no complete record yet' in mistake(
+        'tools/compare.py', f'a={tmp_path}/*')
+
+
+@pytest.mark.parametrize(('groups', 'text'), [
+    (['a'], 'must be GROUP=GLOB'), (['={}/one'], 'must be GROUP=GLOB'), (['a={}/one', 'a={}/two'], 'each group once'),
+    (['a={}/none*'], 'no file or directory'), (['a={}/one', 'b={}/training'], 'with each other'),
+    (['a={}/*e*'], 'have the same --seed'), (['a={}/one', '-o', 'a.gif'], '.svg, .png or .pdf')])
+def test_mistakes(groups, text, tmp_path):
+    for name in ('one', 'seed'):
+        candidates(tmp_path / name, 0.1)
+    training(tmp_path / 'training', 50.0)
+    assert text in mistake('tools/compare.py', *(group.format(tmp_path) for group in groups))
+
+
+@given(st.lists(st.integers(-20, 20), min_size=1, max_size=9))
+def test_the_permutation_test_is_exact(values):
+    """Against all 2^n choices of signs, one by one."""
+    differences = np.array(values) / 10
+    means = [abs(np.dot(signs, values)) for signs in itertools.product((-1, 1), repeat=len(values))]
+    assert compare.permutation_p(differences) == np.mean([mean >= abs(sum(values)) for mean in means])
+
+
+def test_the_permutation_test_takes_many_seeds():
+    assert compare.permutation_p(np.ones(30)) == 2 / 2**30
+
+
+@needs_matplotlib
+def test_the_figure(tmp_path):
+    for seed in range(2):
+        candidates(tmp_path / f'a{seed}', 0.1, 0.3, 0.4, seed=seed)
+        candidates(tmp_path / f'b{seed}', *[0.1, 0.3, 0.4][:2 + seed], seed=seed)
+    groups = compare.read_groups([f'$a$={tmp_path}/a*', f'b={tmp_path}/b*'], [])
+    left, right = compare.figure(groups, 2).axes
+    lines = {line.get_label(): line.get_ydata() for line in left.lines}
+    assert lines[r'\$a\$'].tolist() == [10, 30, 40] and np.isnan(lines['b'][2]), 'a whole line only where all runs are'
+    assert len(right.lines) >= 2 and [label.get_text() for label in right.get_xticklabels()] == [r'\$a\$', 'b']
+    output('tools/compare.py', f'a={tmp_path}/a*', '-o', tmp_path / 'a.png')
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
