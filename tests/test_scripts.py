@@ -13,7 +13,7 @@ from helpers import NAONET_A, NAONET_B, ROOT, TIMEOUT, files, load, metrics, wai
 
 TRAINING = {  # script: (output directory, flags that the published setting has)
     'train_NAONet_A_36_cifar10.sh': ('exp/NAONet_A_36_cifar10', NAONET_A, {
-        'channels': '36', 'batch_size': '128', 'epochs': '600', 'layers': '6', 'nodes': '5', 'cutout_size': '16',
+        'channels': '36', 'batch_size': '128', 'epochs': '600', 'layers': '6', 'cutout_size': '16',
         'l2_reg': '0.0003', 'keep_prob': '0.6', 'drop_path_keep_prob': '0.8', 'lr_max': '0.025', 'lr_min': '0.0',
         'grad_bound': '5.0', 'eval_batch_size': '500', 'use_aux_head': 'True', 'dataset': 'cifar10', 'data': 'data'}),
     'train_NAONet_A_128_cifar10_4cards.sh': ('exp/NAONet_A_128_cifar10', NAONET_A, {
@@ -34,7 +34,8 @@ SCRIPTS = [path.relative_to(ROOT) for folder in ('.', 'tests', 'tools') for path
 
 def environment(**variables):
     kept = {name: value for name, value in os.environ.items()
-            if name not in ('MODEL', 'OUTPUT_DIR', 'DATA_DIR', 'fixed_arc', 'VIRTUAL_ENV', 'CONDA_PREFIX', 'CUDA_VISIBLE_DEVICES', 'LAUNCH')}
+            if name not in ('MODEL', 'OUTPUT_DIR', 'DATA_DIR', 'fixed_arc', 'VIRTUAL_ENV', 'CONDA_PREFIX', 'CUDA_VISIBLE_DEVICES',
+                            'LAUNCH')}
     return kept | {'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'} | variables
 
 
