@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
+import utils
 from architecture import Architecture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +67,12 @@ def fill(model: torch.nn.Module) -> None:
 def inputs(shape: list[int], seed: int) -> torch.Tensor:
     """Standard normal images."""
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape))
+
+
+def make_run(**flags: Any) -> utils.Run:
+    """A run on the CPU that writes nothing, as the programs make one of their flags."""
+    defaults = {'device': 'cpu', 'output_dir': '.', 'seed': 0, 'amp': 'off', 'tf32': False, 'compile': False}
+    return utils.Run(SimpleNamespace(**defaults | flags))
 
 
 # ----------------------------------------------------------------------------------------------------- random architectures

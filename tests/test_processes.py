@@ -1,6 +1,5 @@
 """Several processes, as torchrun starts them, with gloo on the CPU: what one process computes, they compute together."""
 
-import argparse
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ from helpers import (
     files,
     kill_at,
     load,
+    make_run,
     metrics,
     run,
     torchrun,
@@ -233,17 +233,11 @@ training.train_epoch = train_epoch
 
 # ----------------------------------------------------------------------------------------------- several GPUs, one process
 
-def a_run(tmp_path, **values):
-    return utils.Run(argparse.Namespace(**{'device': None, 'output_dir': tmp_path, 'seed': 0, 'tf32': False, 'amp': 'off'}
-                                        | values))
-
-
 @pytest.mark.parametrize('gpus, device, shares_weights, independent, wanted', [
     (4, None, False, False, True), (1, None, False, False, False), (4, 'cuda:1', False, False, False),
     (4, None, True, False, False), (4, None, False, True, False)])
-def test_found_architectures_train_on_all_visible_gpus(gpus, device, shares_weights, independent, wanted, tmp_path,
-                                                       monkeypatch):
-    run = a_run(tmp_path, device='cpu')
+def test_found_architectures_train_on_all_visible_gpus(gpus, device, shares_weights, independent, wanted, monkeypatch):
+    run = make_run()
     run.args.device, run.device = device, torch.device('cuda:0')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
     wrapped = []
@@ -292,10 +286,10 @@ def scatter_on_the_cpu(inputs, kwargs, devices, dim):
 
 
 @pytest.mark.parametrize('gpus', [2, 3, 4, 8])
-def test_no_gpu_gets_a_single_image_of_a_batch(gpus, tmp_path, monkeypatch):
+def test_no_gpu_gets_a_single_image_of_a_batch(gpus, monkeypatch):
     """The auxiliary head's batch-norm refuses it: PyTorch's own DataParallel fails with 5 images on 4 GPUs."""
     monkeypatch.setattr(sys.modules['torch.nn.parallel.data_parallel'], 'scatter_kwargs', scatter_on_the_cpu)
-    model = a_run(tmp_path, device='cpu').place(NASNetworkCIFAR(10, 1, 1, 4, 1.0, 1.0, True, 10, TINY)).train()
+    model = make_run().place(NASNetworkCIFAR(10, 1, 1, 4, 1.0, 1.0, True, 10, TINY)).train()
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     for batch in range(2, 20):
@@ -317,8 +311,8 @@ def test_cuda_without_a_number_is_a_gpu_for_each_process(monkeypatch):
     assert chosen == [torch.device('cuda:2')] * 2 + [torch.device('cuda:1')] * 2
 
 
-def test_a_run_that_works_alone_shares_no_loss_scale(tmp_path):
-    whole = a_run(tmp_path, device='cpu', amp='fp16')
+def test_a_run_that_works_alone_shares_no_loss_scale():
+    whole = make_run(amp='fp16')
     one, two = whole.alone(), whole.alone()
     assert len({id(each.scaler) for each in (whole, one, two)}) == 3 and one.scaler.is_enabled()
 

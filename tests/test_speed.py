@@ -4,26 +4,19 @@ import contextlib
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import NAONET_B, ROOT
+from helpers import NAONET_B, ROOT, make_run
 from torch.profiler import ProfilerActivity, profile
 
 import architecture
 import datasets
 import training
-import utils
 from model import NASNetworkCIFAR, NASNetworkImageNet
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet
 
 STEPS = 10
-
-
-def make_run(**flags):
-    defaults = {'device': 'cpu', 'output_dir': '.', 'seed': 0, 'amp': 'off', 'tf32': False, 'compile': False}
-    return utils.Run(SimpleNamespace(**defaults | flags))
 
 
 def make_network(kind):
