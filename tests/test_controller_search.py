@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from architecture import swap_operands, vocabulary
+from benchmark_search import METHODS, run
 from controller import (
     NAO,
     PRESETS,
@@ -24,11 +25,11 @@ from controller import (
     search_step,
     take_turns,
 )
+from search_tables import OPERATIONS, read_table, regrets
 
 LEGAL = [(1, 4), (5, 8), (1, 4), (5, 8), (1, 4)]  # a made-up space of 4^5 sequences
 OPTIMUM = (3, 6, 2, 8, 1)
 TOOL = Path(__file__).resolve().parent.parent / 'tools' / 'benchmark_search.py'
-OPERATIONS = ('none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3')
 
 
 def landscape(sequence):
@@ -195,11 +196,12 @@ def benchmark(*options):
 def test_benchmark_prints_and_writes_every_method(tmp_path):
     table, output = write_table(tmp_path / 'table.csv'), tmp_path / 'regret.json'
     options = ('--table', table, '--seeds', 2, '--queries', 50, '--json', output)
-    run = benchmark(*options, '--method', 'random,evolution', '--method', 'nao_best')
-    assert run.returncode == 0, run.stderr
-    assert [line.split()[0] for line in run.stdout.splitlines()] == ['regret', 'random', 'evolution', 'nao_best']
+    done = benchmark(*options, '--method', 'random,evolution', '--method', 'nao_best')
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ['regret', 'random', 'evolution', 'nao_best']
     report = json.loads(output.read_text())
-    assert set(report) == {'regret', 'seconds_per_seed'}
+    assert set(report) == {'regret', 'seconds_per_seed', 'tables'}
+    assert report['tables'] == {'table': {name: report[name] for name in ('regret', 'seconds_per_seed')}}
     assert set(report['regret']) == set(report['seconds_per_seed']) == {'random', 'evolution', 'nao_best'}
     for points in report['regret'].values():
         assert set(points) == {'50'}
@@ -211,10 +213,60 @@ def test_benchmark_prints_and_writes_every_method(tmp_path):
 
 def test_benchmark_finds_the_best_when_it_has_asked_for_everything(tmp_path):
     table, output = write_table(tmp_path / 'table.csv', rows=60), tmp_path / 'regret.json'
-    run = benchmark('--table', table, '--seeds', 1, '--queries', 100, '--method', 'random,evolution', '--json', output)
-    assert run.returncode == 0, run.stderr
+    done = benchmark('--table', table, '--seeds', 1, '--queries', 100, '--method', 'random,evolution', '--json', output)
+    assert done.returncode == 0, done.stderr
     for points in json.loads(output.read_text())['regret'].values():
         assert points['100'] == [0, 0]
+
+
+def write_token_table(path, without=()):
+    """A table of 3·1·4·5 = 60 sequences but some; the sum of the choices is the accuracy, further columns are nonsense."""
+    rows = [choices for choices in itertools.product(range(3), range(1), range(4), range(5)) if choices not in without]
+    lines = [f'{" ".join(map(str, choices))},{sum(choices)},x,{number}' for number, choices in enumerate(rows)]
+    path.write_text('\n'.join(['tokens,accuracy,network,number', *lines]) + '\n')
+    return path
+
+
+def test_tokens_of_a_table_have_their_own_words_at_each_position(tmp_path):
+    table = read_table(write_token_table(tmp_path / 'table.csv', [(0, 0, 0, 0)]))
+    assert table.allowed_tokens == [(1, 3), (4, 4), (5, 8), (9, 13)]
+    assert len(table.accuracies) == 59 and table.accuracies[3, 4, 8, 13] == 9 and table.accuracies[1, 4, 5, 10] == 1
+    assert table.share == 59 / 60
+
+
+@pytest.mark.parametrize('method', ['random', 'evolution', 'local_search', 'gp'])
+def test_methods_begin_alike_and_ask_each_architecture_once(tmp_path, method):
+    lacking = [(2, 0, 3, choice) for choice in range(5)] + [(1, 0, 1, 1), (0, 0, 2, 4)]
+    table = read_table(write_token_table(tmp_path / 'table.csv', lacking))
+    asked = [run(METHODS[name], table, 100, 20, 7, seed=1) for name in (method, 'random')]
+    assert asked[0][:20] == asked[1][:20]
+    assert sorted(asked[0]) == sorted(table.accuracies)
+    assert regrets(table, asked[0], 100)[-1] == 0
+
+
+@pytest.mark.parametrize('method', ['evolution', 'local_search', 'gp'])
+def test_methods_are_better_than_random_search(tmp_path, method):
+    lines = [f'{" ".join(map(str, choices))},{-sum((choice - 2) ** 2 for choice in choices)}'
+             for choices in itertools.product(range(6), repeat=4)]
+    (tmp_path / 'table.csv').write_text('\n'.join(['tokens,accuracy', *lines]))
+    table = read_table(tmp_path / 'table.csv')
+    found, drawn = (torch.stack([regrets(table, run(METHODS[name], table, 90, 40, 10, seed), 90)
+                                 for seed in range(5)])[:, -1].mean() for name in (method, 'random'))
+    assert found < drawn / 2
+
+
+def test_benchmark_reports_and_draws_every_table(tmp_path):
+    tables = [write_token_table(tmp_path / f'{name}.csv') for name in 'abc']
+    options = [option for table in tables for option in ('--table', table)]
+    done = benchmark(*options, '--method', 'random,local_search', '--seeds', 2, '--queries', 50,
+                     '--json', tmp_path / 'all.json', '--plot', tmp_path / 'all.png')
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / 'all.json').read_text())
+    assert set(report) == {'tables'} and list(report['tables']) == ['a', 'b', 'c']
+    assert report['tables']['a']['regret'] == report['tables']['c']['regret']
+    assert (tmp_path / 'all.png').read_bytes().startswith(b'\x89PNG')
+    again = benchmark(*options, '--table', tables[0], '--method', 'random')
+    assert again.returncode == 2 and 'named a' in again.stderr
 
 
 @pytest.mark.parametrize(('text', 'problem'), [
@@ -222,11 +274,15 @@ def test_benchmark_finds_the_best_when_it_has_asked_for_everything(tmp_path):
     ('arch,acc\n', 'line 1'),
     ('architecture,accuracy\n|none~0|+|none~0|none~1|+|none~0|none~1|skip~2|,10\n', "line 2: 'skip'"),
     ('architecture,accuracy\n\n|none~0|+|none~0|none~1|+|none~0|none~1|none~2|,nan\n', "line 3: the accuracy 'nan'"),
+    ('tokens,accuracy,network\n0 1,5,0\n0 -1,5,1\n', "line 3: '0 -1'"),
+    ('tokens,accuracy\n0 1,5\n0 1 2,5\n', "line 3: '0 1 2' has 3 choices"),
+    ('tokens,accuracy\n0 1,5\n0 1,6\n', 'line 3: 0 1 stands in the table twice'),
+    ('tokens,accuracy\n0 1\n', 'line 2'),
 ])
 def test_benchmark_says_in_one_line_what_is_wrong_with_a_table(tmp_path, text, problem):
     table = tmp_path / 'table.csv'
     if text is not None:
         table.write_text(text)
-    run = benchmark('--table', table, '--method', 'random')
-    assert run.returncode == 2 and run.stdout == ''
-    assert len(run.stderr.splitlines()) == 1 and str(table) in run.stderr and problem in run.stderr
+    done = benchmark('--table', table, '--method', 'random')
+    assert done.returncode == 2 and done.stdout == ''
+    assert len(done.stderr.splitlines()) == 1 and str(table) in done.stderr and problem in done.stderr
