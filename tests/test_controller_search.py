@@ -1,5 +1,6 @@
 """The search that the controller makes: its settings, its steps, and the benchmark of tables (tools/benchmark_search.py)."""
 
+import functools
 import itertools
 import json
 import math
@@ -9,23 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_search import METHODS, run
+from search_tables import OPERATIONS, read_table, regrets
 
 from architecture import swap_operands, vocabulary
-from benchmark_search import METHODS, run
 from controller import (
     NAO,
     PRESETS,
     Settings,
+    choose,
     fit,
+    fit_predictor,
     new_architectures,
+    pairwise_accuracy,
     propose,
     random_sequences,
     rank,
     scale,
     search_step,
-    take_turns,
 )
-from search_tables import OPERATIONS, read_table, regrets
 
 LEGAL = [(1, 4), (5, 8), (1, 4), (5, 8), (1, 4)]  # a made-up space of 4^5 sequences
 OPTIMUM = (3, 6, 2, 8, 1)
@@ -56,7 +59,7 @@ def random_known(count, seed):
 def small_search(seed, queries=60, settings=PRESETS['best']):
     """Accuracies by sequences, in the order asked: 30 random ones, then rounds of 10."""
     # A controller a third as wide as usual learns as quickly with larger steps.
-    settings = settings._replace(epochs=40, later_updates=12, lr=1e-2)
+    settings = settings._replace(epochs=40, later_updates=6, predictor_updates=25, lr=1e-2)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     known = random_known(30, seed)
@@ -70,7 +73,7 @@ def small_search(seed, queries=60, settings=PRESETS['best']):
 
 
 def test_best_preset_beats_random_search_at_equal_queries():
-    queries, seeds = 60, range(10)
+    queries, seeds = 60, range(6)
     found = [max(small_search(seed, queries).values()) for seed in seeds]
     drawn = [max(random_known(queries, seed).values()) for seed in seeds]
     assert sum(found) / len(found) > sum(drawn) / len(drawn) + 0.1
@@ -95,8 +98,7 @@ def test_paper_preset_is_the_plain_fit_and_the_first_come():
     plain = small_nao()
     torch.manual_seed(1)
     tokens, targets = torch.tensor(list(known)), scale(list(known.values()))
-    fit(plain, tokens, targets, epochs=30, batch_size=100, lr=1e-3, l2_reg=1e-4, trade_off=0.8, grad_bound=5.0,
-        generator=torch.Generator().manual_seed(2))
+    fit(plain, tokens, targets, settings, torch.Generator().manual_seed(2))
     best_first = tokens[targets.flatten().argsort(descending=True, stable=True)[:100]]
     assert stepped == new_architectures(plain, best_first, known, 12, range(1, 51))[0]
     for name, value in nao.state_dict().items():
@@ -110,7 +112,7 @@ def test_the_defaults_of_the_settings_are_the_papers():
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_proposals_are_new_legal_and_not_refused(preset):
-    settings = PRESETS[preset]._replace(epochs=3)
+    settings = PRESETS[preset]._replace(epochs=3, predictor_updates=5)
     torch.manual_seed(0)
     naos = [small_nao() for _ in range(settings.members)]
     known, refused = random_known(20, 0), list(random_known(300, 1))
@@ -128,8 +130,7 @@ def test_members_share_the_count_where_the_first_come_are_taken():
     generator = torch.Generator().manual_seed(0)
     seeds = random_sequences(naos[0], 100, generator)
     for nao in naos:  # a decoder that has learned nothing writes the same few sequences for all seeds
-        fit(nao, seeds, torch.full((100, 1), 0.5), epochs=60, batch_size=100, lr=1e-2, l2_reg=0, trade_off=0.1,
-            grad_bound=5.0, generator=generator)
+        fit(nao, seeds, torch.full((100, 1), 0.5), Settings(epochs=60, lr=1e-2, l2_reg=0, trade_off=0.1), generator)
     together = propose(naos, seeds, [], 9, Settings(members=3))[0]
     assert together[:3] == new_architectures(naos[0], seeds, [], 3, range(1, 51))[0]
     assert len(set(together)) == len(together) == 9
@@ -137,7 +138,7 @@ def test_members_share_the_count_where_the_first_come_are_taken():
 
 def test_real_cells_are_searched_with_swapped_operands():
     vocab = vocabulary(5, 'small')
-    settings = PRESETS['best']._replace(epochs=2, candidates=20)
+    settings = PRESETS['best']._replace(epochs=2, candidates=20, predictor_updates=5)
     torch.manual_seed(0)
     naos = [NAO(vocab.allowed_tokens, vocab.size, 20) for _ in range(settings.members)]
     generator = torch.Generator().manual_seed(0)
@@ -155,10 +156,30 @@ def test_ranks_ignore_increasing_functions_and_share_ties():
     assert rank([5.0]).tolist() == [[0.5]]
 
 
-def test_members_choose_in_turn():
-    predictions = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.1, 0.2, 0.8]])
-    assert take_turns(predictions, 3) == [0, 3, 1]
-    assert sorted(take_turns(predictions, 9)) == [0, 1, 2, 3]
+def test_a_choice_goes_from_what_members_expect_most_of_to_what_they_disagree_about():
+    predictions = torch.tensor([[0.8, 0.7, 0.999, 0.1], [0.8, 0.7, 0.50, 0.1]])
+    assert choose(predictions, 3, 0) == [2, 0, 1], 'log-odds, not probabilities'
+    assert choose(predictions[:, [0, 1, 3]], 9, 5) == [0, 1, 2]
+    uncertain = torch.tensor([[0.8, 0.9, 0.70], [0.8, 0.05, 0.75]])
+    assert choose(uncertain, 2, 0) == [0, 2]
+    assert choose(uncertain, 2, 2) == [0, 1]
+
+
+def test_a_predictor_fitted_anew_learns_the_order_and_leaves_the_rest():
+    known = random_known(80, 0)
+    tokens, targets = torch.tensor(list(known)), rank(list(known.values()))
+    torch.manual_seed(0)
+    nao = small_nao()
+    before = {name: value.clone() for name, value in nao.state_dict().items()}
+    settings = Settings(predictor_updates=150, loss='cross_entropy', lr=1e-2)
+    swaps = []
+    for augment in (None, lambda rows, generator: swaps.append(len(rows)) or rows):
+        fit_predictor(nao.encoder, tokens, targets, settings, torch.Generator().manual_seed(0), augment)
+        with torch.no_grad():
+            assert pairwise_accuracy(targets, nao.predict(tokens)) > 0.9
+        for name, value in nao.state_dict().items():
+            assert torch.equal(value, before[name]) != name.startswith(('encoder.mlp', 'encoder.regressor')), name
+    assert len(swaps) == 150, 'embedded anew in each epoch, here of one batch'
 
 
 def test_random_sequences_are_legal_and_reach_every_token():
@@ -193,16 +214,16 @@ def benchmark(*options):
     return subprocess.run([sys.executable, TOOL, *map(str, options)], capture_output=True, text=True, check=False)
 
 
-def test_benchmark_prints_and_writes_every_method(tmp_path):
+def test_benchmark_prints_and_writes_the_methods_asked_for(tmp_path):
     table, output = write_table(tmp_path / 'table.csv'), tmp_path / 'regret.json'
     options = ('--table', table, '--seeds', 2, '--queries', 50, '--json', output)
-    done = benchmark(*options, '--method', 'random,evolution', '--method', 'nao_best')
+    done = benchmark(*options, '--method', 'random,evolution', '--method', 'gp')
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ['regret', 'random', 'evolution', 'nao_best']
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ['regret', 'random', 'evolution', 'gp']
     report = json.loads(output.read_text())
     assert set(report) == {'regret', 'seconds_per_seed', 'tables'}
     assert report['tables'] == {'table': {name: report[name] for name in ('regret', 'seconds_per_seed')}}
-    assert set(report['regret']) == set(report['seconds_per_seed']) == {'random', 'evolution', 'nao_best'}
+    assert set(report['regret']) == set(report['seconds_per_seed']) == {'random', 'evolution', 'gp'}
     for points in report['regret'].values():
         assert set(points) == {'50'}
         mean, error = points['50']
@@ -242,6 +263,17 @@ def test_methods_begin_alike_and_ask_each_architecture_once(tmp_path, method):
     assert asked[0][:20] == asked[1][:20]
     assert sorted(asked[0]) == sorted(table.accuracies)
     assert regrets(table, asked[0], 100)[-1] == 0
+
+
+def test_the_controllers_methods_are_the_presets_and_search_tables_that_lack_architectures(tmp_path):
+    for name, preset in PRESETS.items():
+        assert METHODS[f'nao_{name}'].keywords == {'settings': preset}
+    lacking = [(0, 0, *choices) for choices in itertools.product(range(4), range(5))]
+    table = read_table(write_token_table(tmp_path / 'table.csv', lacking))
+    settings = PRESETS['best']._replace(epochs=5, later_updates=2, predictor_updates=5, members=2)
+    asked = run(functools.partial(METHODS['nao_best'].func, settings=settings), table, 100, 20, 10, seed=1)
+    assert asked[:20] == run(METHODS['random'], table, 100, 20, 10, seed=1)[:20]
+    assert sorted(asked) == sorted(table.accuracies)
 
 
 @pytest.mark.parametrize('method', ['evolution', 'local_search', 'gp'])
