@@ -248,8 +248,8 @@ class Settings(NamedTuple):
 
 PRESETS = {
     'paper': Settings(),
-    'best': Settings(epochs=300, later_updates=20, predictor_updates=150, lr=2e-3, members=4, targets='ranks',
-                     loss='cross_entropy', unlabelled=25, lambdas=(1, 4, 16, 64, 256), candidates=500, beta=2.0),
+    'best': Settings(epochs=300, later_updates=20, predictor_updates=200, lr=2e-3, trade_off=0.0, members=4, targets='ranks',
+                     loss='cross_entropy', unlabelled=50, lambdas=(1, 4, 16, 64, 256), candidates=500, beta=2.0),
 }
 
 
@@ -296,14 +296,12 @@ def fit(nao: NAO, sequences: Tensor, targets: Tensor, settings: Settings, genera
         shuffled = sequences[order] if augment is None else augment(sequences[order], generator)
         total = torch.zeros((), device=sequences.device)
         for batch, wanted in zip(shuffled.split(settings.batch_size), targets[order].split(settings.batch_size), strict=True):
-            if settings.unlabelled:
-                prediction, written = nao.predict(batch), random_sequences(nao, settings.unlabelled, generator)
-                _, log_probs = nao.reconstruct(written)
-            else:
-                written = batch
-                prediction, log_probs = nao.reconstruct(batch)
-            objective = settings.trade_off * LOSSES[settings.loss](prediction, wanted) + (1 - settings.trade_off) * F.nll_loss(
-                log_probs.flatten(0, 1), written.flatten())
+            written = random_sequences(nao, settings.unlabelled, generator) if settings.unlabelled else batch
+            prediction, log_probs = nao.reconstruct(written)
+            objective = (1 - settings.trade_off) * F.nll_loss(log_probs.flatten(0, 1), written.flatten())
+            if settings.trade_off:
+                prediction = nao.predict(batch) if settings.unlabelled else prediction
+                objective = objective + settings.trade_off * LOSSES[settings.loss](prediction, wanted)
             objective.backward()
             nn.utils.clip_grad_norm_(nao.parameters(), settings.grad_bound)
             optimizer.step()
