@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ablation
 import pytest
 import torch
 from benchmark_search import METHODS, run
@@ -318,3 +319,21 @@ def test_benchmark_says_in_one_line_what_is_wrong_with_a_table(tmp_path, text, p
     done = benchmark('--table', table, '--method', 'random')
     assert done.returncode == 2 and done.stdout == ''
     assert len(done.stderr.splitlines()) == 1 and str(table) in done.stderr and problem in done.stderr
+
+
+def test_an_ablation_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+    table, output, measured = write_token_table(tmp_path / 'table.csv'), tmp_path / 'out.jsonl', []
+
+    def measure(settings, table, seed, queries):
+        measured.append((settings, seed))
+        return {'regret': {'150': 0.5, '200': 0.25 * seed}, 'seconds': 1.0}
+    monkeypatch.setattr(ablation, 'measure', measure)
+    monkeypatch.setattr(sys, 'argv', ['ablation.py', f'--table={table}', '--seeds=2', f'--output={output}'])
+    ablation.main()
+    whole = output.read_text()
+    variants = ablation.variants()
+    assert len(measured) == len(set(measured)) == len(whole.splitlines()) == 2 * len(variants)
+    assert measured[0] == (PRESETS['best'], 0) and '| best | 0.500 / 0.125 | 2 | 1 |' in capsys.readouterr().out
+    output.write_text(whole[:-5])
+    ablation.main()
+    assert len(measured) == 2 * len(variants) + 1 and output.read_text() == whole

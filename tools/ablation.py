@@ -25,27 +25,28 @@ from controller import PRESETS, Settings
 
 # What is one change: fields that mean something only together.
 CHANGES = {
-    'epochs of the first fit': ('epochs',),
-    'later fits': ('later_updates',),
-    'predictor fitted anew': ('predictor_updates',),
-    'members and their choice': ('members', 'candidates', 'beta'),
-    'targets and loss': ('targets', 'loss'),
+    'first fit of 300 epochs': ('epochs',),
+    'later fits of a few steps': ('later_updates',),
+    'predictor fitted anew': ('predictor_updates', 'trade_off'),
+    'encoder that sees no accuracies': ('trade_off',),
+    'ranks and cross-entropy': ('targets', 'loss'),
     'unlabelled': ('unlabelled',),
     'learning rate': ('lr',),
-    'batch size': ('batch_size',),
-    'top': ('top',),
+    'members': ('members',),
+    'choice among candidates': ('candidates', 'beta'),
+    'disagreement': ('beta',),
     'lambdas': ('lambdas',)}
 
 
 def variants() -> dict[str, Settings]:
-    """The settings to measure, by what they are."""
+    """The settings to measure, by what they are, without those in which a change does nothing or nobody fits the predictor."""
     paper, best = PRESETS['paper'], PRESETS['best']
-
-    def moved(start: Settings, end: Settings, fields: tuple[str, ...]) -> Settings:
-        return start._replace(**{field: getattr(end, field) for field in fields})
-    changes = {what: fields for what, fields in CHANGES.items() if moved(paper, best, fields) != paper}
-    return {'best': best, **{f'best without: {what}': moved(best, paper, fields) for what, fields in changes.items()},
-            'paper': paper, **{f'paper with: {what}': moved(paper, best, fields) for what, fields in changes.items()}}
+    settings = {'best': best, 'paper': paper}
+    for what, fields in CHANGES.items():
+        settings[f'best without: {what}'] = best._replace(**{field: getattr(paper, field) for field in fields})
+        settings[f'paper with: {what}'] = paper._replace(**{field: getattr(best, field) for field in fields})
+    return {what: each for what, each in settings.items()
+            if (each.trade_off or each.predictor_updates) and (each.candidates or not each.beta)}
 
 
 def measure(settings: Settings, table: Table, seed: int, queries: int) -> dict:
