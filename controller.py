@@ -230,6 +230,7 @@ class Settings(NamedTuple):
 
     epochs: int = 1000
     later_updates: int = 0  # gradient steps of a fit after the first, which goes on from its weights; 0: `epochs` again
+    predictor_updates: int = 0  # steps after each fit in which the predictor alone begins anew; 0: it stays as fitted
     batch_size: int = 100
     lr: float = 1e-3
     l2_reg: float = 1e-4
@@ -242,12 +243,13 @@ class Settings(NamedTuple):
     top: int = 100  # the best known architectures, from which the search ascends
     lambdas: tuple[float, ...] = tuple(range(1, 51))
     candidates: int = 0  # new architectures that each controller decodes to choose from; 0: the first come are taken
+    beta: float = 0.0  # the largest weight of the controllers' disagreement when candidates are chosen
 
 
 PRESETS = {
     'paper': Settings(),
-    'best': Settings(epochs=300, later_updates=600, members=4, targets='ranks', loss='cross_entropy', unlabelled=25,
-                     lambdas=(1, 4, 16, 64, 256), candidates=500),
+    'best': Settings(epochs=300, later_updates=20, predictor_updates=200, lr=2e-3, trade_off=0.0, members=4, targets='ranks',
+                     loss='cross_entropy', unlabelled=50, lambdas=(1, 4, 16, 64, 256), candidates=500, beta=2.0),
 }
 
 
@@ -260,47 +262,96 @@ def evaluate(nao: NAO, sequences: Tensor, targets: Tensor) -> dict[str, float]:
             'hamming_distance': hamming_distance(sequences, tokens)}
 
 
-def fit(nao: NAO, sequences: Tensor, targets: Tensor, *, epochs: int, batch_size: int, lr: float, l2_reg: float,
-        trade_off: float, grad_bound: float, generator: torch.Generator,
-        loss: str = 'squared', unlabelled: int = 0,
+def fit_epochs(settings: Settings, count: int, first: bool) -> int:
+    """The epochs of a fit, or of a later one, to `count` sequences."""
+    if first or not settings.later_updates:
+        return settings.epochs
+    # Steps, not epochs: what a round of new architectures takes to learn does not grow with what is known already.
+    return math.ceil(settings.later_updates / math.ceil(count / settings.batch_size))
+
+
+def adam(parameters: Iterable[nn.Parameter], settings: Settings, device: torch.device) -> torch.optim.Adam:
+    """The optimizer of a fit."""
+    return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.l2_reg, fused=device.type in ('cpu', 'cuda'))
+
+
+def fit(nao: NAO, sequences: Tensor, targets: Tensor, settings: Settings, generator: torch.Generator, *, first: bool = True,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None, held_out: tuple[Tensor, Tensor] | None = None,
         report: Callable[[dict[str, float]], None] = lambda values: None) -> dict[str, float]:
-    """Train on sequences (count, length) and targets (count, 1) in 0-1; return the last report.
+    """Train on sequences (count, length) and targets (count, 1) in 0-1; return the last report. first: see `fit_epochs`.
 
     The loss is trade_off · squared error of the prediction (or another of LOSSES) + (1 - trade_off) · negative
     log-likelihood of the reconstruction (paper, equation 1); Adam. With `unlabelled`, that many random legal sequences a
     batch are reconstructed instead of the batch: they need no accuracy, and the decoder learns the whole space.
     `augment(sequences, generator)` rewrites all of them anew into equivalent ones in each epoch; every 100 epochs and at the
     end `report` gets loss, pairwise accuracy and Hamming distance, on `held_out` (sequences, targets) where given. All draws
-    but dropout's come from `generator`.
+    but dropout's and fresh weights' come from `generator`.
     """
-    fused = sequences.device.type in ('cpu', 'cuda')
+    epochs = fit_epochs(settings, len(sequences), first)
     values = {}
-    optimizer = torch.optim.Adam(nao.parameters(), lr=lr, weight_decay=l2_reg, fused=fused)
+    optimizer = adam(nao.parameters(), settings, sequences.device)
     for epoch in range(1, epochs + 1):
         nao.train()
         order = torch.randperm(len(sequences), generator=generator, device=generator.device).to(sequences.device)
         shuffled = sequences[order] if augment is None else augment(sequences[order], generator)
         total = torch.zeros((), device=sequences.device)
-        for batch, wanted in zip(shuffled.split(batch_size), targets[order].split(batch_size), strict=True):
-            if unlabelled:
-                prediction, written = nao.predict(batch), random_sequences(nao, unlabelled, generator)
-                _, log_probs = nao.reconstruct(written)
-            else:
-                written = batch
-                prediction, log_probs = nao.reconstruct(batch)
-            objective = trade_off * LOSSES[loss](prediction, wanted) + (1 - trade_off) * F.nll_loss(
-                log_probs.flatten(0, 1), written.flatten())
+        for batch, wanted in zip(shuffled.split(settings.batch_size), targets[order].split(settings.batch_size), strict=True):
+            written = random_sequences(nao, settings.unlabelled, generator) if settings.unlabelled else batch
+            prediction, log_probs = nao.reconstruct(written)
+            objective = (1 - settings.trade_off) * F.nll_loss(log_probs.flatten(0, 1), written.flatten())
+            if settings.trade_off:
+                prediction = nao.predict(batch) if settings.unlabelled else prediction
+                objective = objective + settings.trade_off * LOSSES[settings.loss](prediction, wanted)
             objective.backward()
-            nn.utils.clip_grad_norm_(nao.parameters(), grad_bound)
+            nn.utils.clip_grad_norm_(nao.parameters(), settings.grad_bound)
             optimizer.step()
             optimizer.zero_grad()
             total += objective.detach() * len(batch)
+        if epoch == epochs and settings.predictor_updates:
+            fit_predictor(nao.encoder, sequences, targets, settings, generator, augment)
         if epoch % LOG_EVERY == 0 or epoch == epochs:
             values = {'epoch': epoch, 'epochs': epochs, 'loss': float(total) / len(sequences),
                       **evaluate(nao, *(held_out or (sequences, targets)))}
             report(values)
     return values
+
+
+def fit_predictor(encoder: Encoder, sequences: Tensor, targets: Tensor, settings: Settings, generator: torch.Generator,
+                  augment: Callable[[Tensor, torch.Generator], Tensor] | None = None) -> None:
+    """Fit the predictor alone, from fresh weights, to the embeddings of sequences (count, length) as the encoder has them.
+
+    Predictors that go on from their old weights come to agree and to ask for the same few; fresh ones disagree where little
+    is known. It reads standardised embeddings, which its first layer's weights then take in. The learning rate falls to 0.
+    """
+    encoder.eval()
+    layers = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        layer.reset_parameters()
+
+    @torch.no_grad()
+    def embeddings() -> Tensor:
+        return encoder.embed(encoder(sequences if augment is None else augment(sequences, generator)))
+    embedded = embeddings()
+    mean, deviation = embedded.mean(0), embedded.std(0, correction=0).mean().clamp(min=1e-6)
+    optimizer = adam([*encoder.mlp.parameters(), *encoder.regressor.parameters()], settings, sequences.device)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.predictor_updates)
+    batches: list[Tensor] = []
+    encoder.train()
+    for update in range(settings.predictor_updates):
+        if not batches:
+            order = torch.randperm(len(sequences), generator=generator, device=generator.device).to(sequences.device)
+            batches = list(order.split(settings.batch_size))
+            if augment is not None and update:
+                embedded = embeddings()
+        rows = batches.pop()
+        LOSSES[settings.loss](encoder.predict((embedded[rows] - mean) / deviation), targets[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        layers[0].weight /= deviation
+        layers[0].bias -= layers[0].weight @ mean
+    encoder.eval()
 
 
 def new_architectures(nao: NAO, seeds: Tensor, known: Iterable[Sequence[int]], count: int,
@@ -324,26 +375,27 @@ def new_architectures(nao: NAO, seeds: Tensor, known: Iterable[Sequence[int]], c
     return found, per_lambda
 
 
-def take_turns(predictions: Tensor, count: int) -> list[int]:
+def choose(predictions: Tensor, count: int, beta: float) -> list[int]:
     """The columns of predictions (members, candidates) to choose, at most `count`, in the order of the choice.
 
-    The members choose in turn, each the best by its own prediction that is left: what they agree on comes first, and where
-    they differ each one's favourites are tried, which an average would never try.
+    Each is the best that is left by the mean of the members' log-odds + a weight, from 0 to `beta` in even steps, of their
+    deviation: some are what the members expect most of, others what they disagree about.
     """
-    orders = [iter(order) for order in predictions.argsort(dim=1, descending=True, stable=True).tolist()]
-    chosen = {}
-    while len(chosen) < min(count, predictions.shape[1]):
-        order = orders[len(chosen) % len(orders)]
-        chosen[next(column for column in order if column not in chosen)] = True
-    return list(chosen)
+    odds = predictions.double().logit()
+    mean, deviation = odds.mean(0), odds.std(0, correction=0)
+    chosen: list[int] = []
+    for weight in torch.linspace(0, beta, count).tolist()[:len(mean)]:
+        chosen.append(int((mean + weight * deviation).argmax()))
+        mean[chosen[-1]] = -math.inf
+    return chosen
 
 
 def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]], count: int,
             settings: Settings) -> tuple[list[tuple[int, ...]], dict[float, int]]:
     """At most `count` sequences not in `known`, ascended from seeds (batch, length) by every NAO and decoded.
 
-    With settings.candidates each NAO decodes up to that many and they choose in turn among all of them, best first;
-    without, each decodes its share and the first come are taken. Returns them, and how many each λ decoded.
+    With settings.candidates each NAO decodes up to that many, among all of which `choose` does; without, each decodes its
+    share and the first come are taken. Returns them, and how many each λ decoded.
     """
     pool: dict[tuple[int, ...], None] = {}
     per_lambda: Counter[float] = Counter()
@@ -357,16 +409,8 @@ def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]]
         with torch.no_grad():
             tokens = torch.tensor(candidates, device=seeds.device)
             predictions = torch.cat([nao.predict(tokens) for nao in naos], dim=1).T
-        candidates = [candidates[column] for column in take_turns(predictions, count)]
+        candidates = [candidates[column] for column in choose(predictions, count, settings.beta)]
     return candidates, dict(per_lambda)
-
-
-def fit_epochs(settings: Settings, count: int, first: bool) -> int:
-    """The epochs of a fit, or of a later one, to `count` sequences."""
-    if first or not settings.later_updates:
-        return settings.epochs
-    # Steps, not epochs: what a round of new architectures takes to learn does not grow with what is known already.
-    return math.ceil(settings.later_updates / math.ceil(count / settings.batch_size))
 
 
 def fit_all(naos: Sequence[NAO], sequences: Tensor, targets: Tensor, settings: Settings, generator: torch.Generator, *,
@@ -375,12 +419,7 @@ def fit_all(naos: Sequence[NAO], sequences: Tensor, targets: Tensor, settings: S
 
     Returns the last NAO's last report.
     """
-    epochs, values = fit_epochs(settings, len(sequences), first), {}
-    for nao in naos:
-        values = fit(nao, sequences, targets, epochs=epochs, batch_size=settings.batch_size, lr=settings.lr,
-                     l2_reg=settings.l2_reg, trade_off=settings.trade_off, grad_bound=settings.grad_bound,
-                     loss=settings.loss, unlabelled=settings.unlabelled, generator=generator, **options)
-    return values
+    return [fit(nao, sequences, targets, settings, generator, first=first, **options) for nao in naos][-1]
 
 
 def search_step(naos: Sequence[NAO], sequences: Sequence[Sequence[int]], accuracies: Sequence[float], count: int,

@@ -123,6 +123,8 @@ CONTROLLER_FLAGS = (
      '(default: swap anew in each epoch, hold none out)'),
     ('epochs', POSITIVE_INT, PAPER.epochs, 'epochs of a fit'),
     ('later_updates', COUNT, PAPER.later_updates, 'gradient steps of the fits after the first; 0: all epochs again'),
+    ('predictor_updates', COUNT, PAPER.predictor_updates, 'steps after each fit in which the predictor alone is fitted anew, '
+     'from fresh weights; 0: it stays as fitted'),
     ('batch_size', POSITIVE_INT, PAPER.batch_size, 'architectures per step'),
     ('lr', POSITIVE, PAPER.lr, 'learning rate of Adam'),
     ('trade_off', FRACTION, PAPER.trade_off, 'weight of the prediction loss; the rest weighs the reconstruction'),
@@ -133,6 +135,7 @@ CONTROLLER_FLAGS = (
     ('top', POSITIVE_INT, PAPER.top, 'the best architectures, from which the ascent starts'),
     ('candidates', COUNT, PAPER.candidates, 'architectures that each controller writes to choose from by their predictions; '
      '0: the first come are taken'),
+    ('beta', NOT_NEGATIVE, PAPER.beta, "largest weight of the controllers' disagreement when candidates are chosen"),
     ('encoder_layers', LAYERS, 1, 'LSTM layers of the encoder'),
     ('encoder_hidden_size', CHANNELS, 96, 'units of each of them'),
     ('encoder_emb_size', CHANNELS, 48, 'numbers that a token is embedded in'),

@@ -15,7 +15,7 @@ from controller import NAO, hamming_distance, new_architectures, pairwise_accura
 from operations import SEARCH_SPACES
 
 SPACES = [(nodes, space) for nodes in (1, 2, 5, 7) for space in sorted(SEARCH_SPACES)]
-FIT = {'epochs': 30, 'batch_size': 20, 'lr': 0.003, 'l2_reg': 1e-4, 'trade_off': 0.8, 'grad_bound': 5.0}
+FIT = controller.Settings(epochs=30, batch_size=20, lr=0.003)
 
 
 def make(nodes=2, space='small', seed=0, spread=None, **sizes):
@@ -238,7 +238,9 @@ def test_hamming_distance_is_the_mean_share_of_different_positions(count, length
 
 def fit(nao, tokens, targets, seed=0, **options):
     torch.manual_seed(seed)
-    return controller.fit(nao, tokens, targets, **(FIT | {'generator': torch.Generator().manual_seed(seed)} | options))
+    fields = {name: options.pop(name) for name in list(options) if name in controller.Settings._fields}
+    generator = options.pop('generator', torch.Generator().manual_seed(seed))
+    return controller.fit(nao, tokens, targets, FIT._replace(**fields), generator, **options)
 
 
 @pytest.mark.usefixtures('form')

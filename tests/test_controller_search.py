@@ -1,5 +1,6 @@
 """The search that the controller makes: its settings, its steps, and the benchmark of tables (tools/benchmark_search.py)."""
 
+import functools
 import itertools
 import json
 import math
@@ -7,28 +8,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ablation
 import pytest
 import torch
+from benchmark_search import METHODS, run
+from search_tables import OPERATIONS, read_table, regrets
 
 from architecture import swap_operands, vocabulary
 from controller import (
     NAO,
     PRESETS,
     Settings,
+    choose,
     fit,
+    fit_predictor,
     new_architectures,
+    pairwise_accuracy,
     propose,
     random_sequences,
     rank,
     scale,
     search_step,
-    take_turns,
 )
 
 LEGAL = [(1, 4), (5, 8), (1, 4), (5, 8), (1, 4)]  # a made-up space of 4^5 sequences
 OPTIMUM = (3, 6, 2, 8, 1)
 TOOL = Path(__file__).resolve().parent.parent / 'tools' / 'benchmark_search.py'
-OPERATIONS = ('none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3')
 
 
 def landscape(sequence):
@@ -55,7 +60,7 @@ def random_known(count, seed):
 def small_search(seed, queries=60, settings=PRESETS['best']):
     """Accuracies by sequences, in the order asked: 30 random ones, then rounds of 10."""
     # A controller a third as wide as usual learns as quickly with larger steps.
-    settings = settings._replace(epochs=40, later_updates=12, lr=1e-2)
+    settings = settings._replace(epochs=40, later_updates=6, predictor_updates=25, lr=1e-2)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     known = random_known(30, seed)
@@ -69,7 +74,7 @@ def small_search(seed, queries=60, settings=PRESETS['best']):
 
 
 def test_best_preset_beats_random_search_at_equal_queries():
-    queries, seeds = 60, range(10)
+    queries, seeds = 60, range(6)
     found = [max(small_search(seed, queries).values()) for seed in seeds]
     drawn = [max(random_known(queries, seed).values()) for seed in seeds]
     assert sum(found) / len(found) > sum(drawn) / len(drawn) + 0.1
@@ -94,8 +99,7 @@ def test_paper_preset_is_the_plain_fit_and_the_first_come():
     plain = small_nao()
     torch.manual_seed(1)
     tokens, targets = torch.tensor(list(known)), scale(list(known.values()))
-    fit(plain, tokens, targets, epochs=30, batch_size=100, lr=1e-3, l2_reg=1e-4, trade_off=0.8, grad_bound=5.0,
-        generator=torch.Generator().manual_seed(2))
+    fit(plain, tokens, targets, settings, torch.Generator().manual_seed(2))
     best_first = tokens[targets.flatten().argsort(descending=True, stable=True)[:100]]
     assert stepped == new_architectures(plain, best_first, known, 12, range(1, 51))[0]
     for name, value in nao.state_dict().items():
@@ -109,7 +113,7 @@ def test_the_defaults_of_the_settings_are_the_papers():
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_proposals_are_new_legal_and_not_refused(preset):
-    settings = PRESETS[preset]._replace(epochs=3)
+    settings = PRESETS[preset]._replace(epochs=3, predictor_updates=5)
     torch.manual_seed(0)
     naos = [small_nao() for _ in range(settings.members)]
     known, refused = random_known(20, 0), list(random_known(300, 1))
@@ -127,8 +131,7 @@ def test_members_share_the_count_where_the_first_come_are_taken():
     generator = torch.Generator().manual_seed(0)
     seeds = random_sequences(naos[0], 100, generator)
     for nao in naos:  # a decoder that has learned nothing writes the same few sequences for all seeds
-        fit(nao, seeds, torch.full((100, 1), 0.5), epochs=60, batch_size=100, lr=1e-2, l2_reg=0, trade_off=0.1,
-            grad_bound=5.0, generator=generator)
+        fit(nao, seeds, torch.full((100, 1), 0.5), Settings(epochs=60, lr=1e-2, l2_reg=0, trade_off=0.1), generator)
     together = propose(naos, seeds, [], 9, Settings(members=3))[0]
     assert together[:3] == new_architectures(naos[0], seeds, [], 3, range(1, 51))[0]
     assert len(set(together)) == len(together) == 9
@@ -136,7 +139,7 @@ def test_members_share_the_count_where_the_first_come_are_taken():
 
 def test_real_cells_are_searched_with_swapped_operands():
     vocab = vocabulary(5, 'small')
-    settings = PRESETS['best']._replace(epochs=2, candidates=20)
+    settings = PRESETS['best']._replace(epochs=2, candidates=20, predictor_updates=5)
     torch.manual_seed(0)
     naos = [NAO(vocab.allowed_tokens, vocab.size, 20) for _ in range(settings.members)]
     generator = torch.Generator().manual_seed(0)
@@ -154,10 +157,30 @@ def test_ranks_ignore_increasing_functions_and_share_ties():
     assert rank([5.0]).tolist() == [[0.5]]
 
 
-def test_members_choose_in_turn():
-    predictions = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.1, 0.2, 0.8]])
-    assert take_turns(predictions, 3) == [0, 3, 1]
-    assert sorted(take_turns(predictions, 9)) == [0, 1, 2, 3]
+def test_a_choice_goes_from_what_members_expect_most_of_to_what_they_disagree_about():
+    predictions = torch.tensor([[0.8, 0.7, 0.999, 0.1], [0.8, 0.7, 0.50, 0.1]])
+    assert choose(predictions, 3, 0) == [2, 0, 1], 'log-odds, not probabilities'
+    assert choose(predictions[:, [0, 1, 3]], 9, 5) == [0, 1, 2]
+    uncertain = torch.tensor([[0.8, 0.9, 0.70], [0.8, 0.05, 0.75]])
+    assert choose(uncertain, 2, 0) == [0, 2]
+    assert choose(uncertain, 2, 2) == [0, 1]
+
+
+def test_a_predictor_fitted_anew_learns_the_order_and_leaves_the_rest():
+    known = random_known(80, 0)
+    tokens, targets = torch.tensor(list(known)), rank(list(known.values()))
+    torch.manual_seed(0)
+    nao = small_nao()
+    before = {name: value.clone() for name, value in nao.state_dict().items()}
+    settings = Settings(predictor_updates=150, loss='cross_entropy', lr=1e-2)
+    swaps = []
+    for augment in (None, lambda rows, generator: swaps.append(len(rows)) or rows):
+        fit_predictor(nao.encoder, tokens, targets, settings, torch.Generator().manual_seed(0), augment)
+        with torch.no_grad():
+            assert pairwise_accuracy(targets, nao.predict(tokens)) > 0.9
+        for name, value in nao.state_dict().items():
+            assert torch.equal(value, before[name]) != name.startswith(('encoder.mlp', 'encoder.regressor')), name
+    assert len(swaps) == 150, 'embedded anew in each epoch, here of one batch'
 
 
 def test_random_sequences_are_legal_and_reach_every_token():
@@ -192,15 +215,16 @@ def benchmark(*options):
     return subprocess.run([sys.executable, TOOL, *map(str, options)], capture_output=True, text=True, check=False)
 
 
-def test_benchmark_prints_and_writes_every_method(tmp_path):
+def test_benchmark_prints_and_writes_the_methods_asked_for(tmp_path):
     table, output = write_table(tmp_path / 'table.csv'), tmp_path / 'regret.json'
     options = ('--table', table, '--seeds', 2, '--queries', 50, '--json', output)
-    run = benchmark(*options, '--method', 'random,evolution', '--method', 'nao_best')
-    assert run.returncode == 0, run.stderr
-    assert [line.split()[0] for line in run.stdout.splitlines()] == ['regret', 'random', 'evolution', 'nao_best']
+    done = benchmark(*options, '--method', 'random,evolution', '--method', 'gp')
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ['regret', 'random', 'evolution', 'gp']
     report = json.loads(output.read_text())
-    assert set(report) == {'regret', 'seconds_per_seed'}
-    assert set(report['regret']) == set(report['seconds_per_seed']) == {'random', 'evolution', 'nao_best'}
+    assert set(report) == {'regret', 'seconds_per_seed', 'tables'}
+    assert report['tables'] == {'table': {name: report[name] for name in ('regret', 'seconds_per_seed')}}
+    assert set(report['regret']) == set(report['seconds_per_seed']) == {'random', 'evolution', 'gp'}
     for points in report['regret'].values():
         assert set(points) == {'50'}
         mean, error = points['50']
@@ -211,10 +235,71 @@ def test_benchmark_prints_and_writes_every_method(tmp_path):
 
 def test_benchmark_finds_the_best_when_it_has_asked_for_everything(tmp_path):
     table, output = write_table(tmp_path / 'table.csv', rows=60), tmp_path / 'regret.json'
-    run = benchmark('--table', table, '--seeds', 1, '--queries', 100, '--method', 'random,evolution', '--json', output)
-    assert run.returncode == 0, run.stderr
+    done = benchmark('--table', table, '--seeds', 1, '--queries', 100, '--method', 'random,evolution', '--json', output)
+    assert done.returncode == 0, done.stderr
     for points in json.loads(output.read_text())['regret'].values():
         assert points['100'] == [0, 0]
+
+
+def write_token_table(path, without=()):
+    """A table of 3·1·4·5 = 60 sequences but some; the sum of the choices is the accuracy, further columns are nonsense."""
+    rows = [choices for choices in itertools.product(range(3), range(1), range(4), range(5)) if choices not in without]
+    lines = [f'{" ".join(map(str, choices))},{sum(choices)},x,{number}' for number, choices in enumerate(rows)]
+    path.write_text('\n'.join(['tokens,accuracy,network,number', *lines]) + '\n')
+    return path
+
+
+def test_tokens_of_a_table_have_their_own_words_at_each_position(tmp_path):
+    table = read_table(write_token_table(tmp_path / 'table.csv', [(0, 0, 0, 0)]))
+    assert table.allowed_tokens == [(1, 3), (4, 4), (5, 8), (9, 13)]
+    assert len(table.accuracies) == 59 and table.accuracies[3, 4, 8, 13] == 9 and table.accuracies[1, 4, 5, 10] == 1
+    assert table.share == 59 / 60
+
+
+@pytest.mark.parametrize('method', ['random', 'evolution', 'local_search', 'gp'])
+def test_methods_begin_alike_and_ask_each_architecture_once(tmp_path, method):
+    lacking = [(2, 0, 3, choice) for choice in range(5)] + [(1, 0, 1, 1), (0, 0, 2, 4)]
+    table = read_table(write_token_table(tmp_path / 'table.csv', lacking))
+    asked = [run(METHODS[name], table, 100, 20, 7, seed=1) for name in (method, 'random')]
+    assert asked[0][:20] == asked[1][:20]
+    assert sorted(asked[0]) == sorted(table.accuracies)
+    assert regrets(table, asked[0], 100)[-1] == 0
+
+
+def test_the_controllers_methods_are_the_presets_and_search_tables_that_lack_architectures(tmp_path):
+    for name, preset in PRESETS.items():
+        assert METHODS[f'nao_{name}'].keywords == {'settings': preset}
+    lacking = [(0, 0, *choices) for choices in itertools.product(range(4), range(5))]
+    table = read_table(write_token_table(tmp_path / 'table.csv', lacking))
+    settings = PRESETS['best']._replace(epochs=5, later_updates=2, predictor_updates=5, members=2)
+    asked = run(functools.partial(METHODS['nao_best'].func, settings=settings), table, 100, 20, 10, seed=1)
+    assert asked[:20] == run(METHODS['random'], table, 100, 20, 10, seed=1)[:20]
+    assert sorted(asked) == sorted(table.accuracies)
+
+
+@pytest.mark.parametrize('method', ['evolution', 'local_search', 'gp'])
+def test_methods_are_better_than_random_search(tmp_path, method):
+    lines = [f'{" ".join(map(str, choices))},{-sum((choice - 2) ** 2 for choice in choices)}'
+             for choices in itertools.product(range(6), repeat=4)]
+    (tmp_path / 'table.csv').write_text('\n'.join(['tokens,accuracy', *lines]))
+    table = read_table(tmp_path / 'table.csv')
+    found, drawn = (torch.stack([regrets(table, run(METHODS[name], table, 90, 40, 10, seed), 90)
+                                 for seed in range(5)])[:, -1].mean() for name in (method, 'random'))
+    assert found < drawn / 2
+
+
+def test_benchmark_reports_and_draws_every_table(tmp_path):
+    tables = [write_token_table(tmp_path / f'{name}.csv') for name in 'abc']
+    options = [option for table in tables for option in ('--table', table)]
+    done = benchmark(*options, '--method', 'random,local_search', '--seeds', 2, '--queries', 50,
+                     '--json', tmp_path / 'all.json', '--plot', tmp_path / 'all.png')
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / 'all.json').read_text())
+    assert set(report) == {'tables'} and list(report['tables']) == ['a', 'b', 'c']
+    assert report['tables']['a']['regret'] == report['tables']['c']['regret']
+    assert (tmp_path / 'all.png').read_bytes().startswith(b'\x89PNG')
+    again = benchmark(*options, '--table', tables[0], '--method', 'random')
+    assert again.returncode == 2 and 'named a' in again.stderr
 
 
 @pytest.mark.parametrize(('text', 'problem'), [
@@ -222,11 +307,33 @@ def test_benchmark_finds_the_best_when_it_has_asked_for_everything(tmp_path):
     ('arch,acc\n', 'line 1'),
     ('architecture,accuracy\n|none~0|+|none~0|none~1|+|none~0|none~1|skip~2|,10\n', "line 2: 'skip'"),
     ('architecture,accuracy\n\n|none~0|+|none~0|none~1|+|none~0|none~1|none~2|,nan\n', "line 3: the accuracy 'nan'"),
+    ('tokens,accuracy,network\n0 1,5,0\n0 -1,5,1\n', "line 3: '0 -1'"),
+    ('tokens,accuracy\n0 1,5\n0 1 2,5\n', "line 3: '0 1 2' has 3 choices"),
+    ('tokens,accuracy\n0 1,5\n0 1,6\n', 'line 3: 0 1 stands in the table twice'),
+    ('tokens,accuracy\n0 1\n', 'line 2'),
 ])
 def test_benchmark_says_in_one_line_what_is_wrong_with_a_table(tmp_path, text, problem):
     table = tmp_path / 'table.csv'
     if text is not None:
         table.write_text(text)
-    run = benchmark('--table', table, '--method', 'random')
-    assert run.returncode == 2 and run.stdout == ''
-    assert len(run.stderr.splitlines()) == 1 and str(table) in run.stderr and problem in run.stderr
+    done = benchmark('--table', table, '--method', 'random')
+    assert done.returncode == 2 and done.stdout == ''
+    assert len(done.stderr.splitlines()) == 1 and str(table) in done.stderr and problem in done.stderr
+
+
+def test_an_ablation_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+    table, output, measured = write_token_table(tmp_path / 'table.csv'), tmp_path / 'out.jsonl', []
+
+    def measure(settings, table, seed, queries):
+        measured.append((settings, seed))
+        return {'regret': {'150': 0.5, '200': 0.25 * seed}, 'seconds': 1.0}
+    monkeypatch.setattr(ablation, 'measure', measure)
+    monkeypatch.setattr(sys, 'argv', ['ablation.py', f'--table={table}', '--seeds=2', f'--output={output}'])
+    ablation.main()
+    whole = output.read_text()
+    variants = ablation.variants()
+    assert len(measured) == len(set(measured)) == len(whole.splitlines()) == 2 * len(variants)
+    assert measured[0] == (PRESETS['best'], 0) and '| best | 0.500 / 0.125 | 2 | 1 |' in capsys.readouterr().out
+    output.write_text(whole[:-5])
+    ablation.main()
+    assert len(measured) == 2 * len(variants) + 1 and output.read_text() == whole

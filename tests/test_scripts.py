@@ -34,8 +34,8 @@ SCRIPTS = [path.relative_to(ROOT) for folder in ('.', 'tests', 'tools') for path
 
 def environment(**variables):
     kept = {name: value for name, value in os.environ.items()
-            if name not in ('MODEL', 'OUTPUT_DIR', 'DATA_DIR', 'fixed_arc', 'VIRTUAL_ENV', 'CONDA_PREFIX', 'CUDA_VISIBLE_DEVICES',
-                            'LAUNCH')}
+            if name not in ('MODEL', 'OUTPUT_DIR', 'DATA_DIR', 'fixed_arc', 'VIRTUAL_ENV', 'CONDA_PREFIX',
+                            'CUDA_VISIBLE_DEVICES', 'LAUNCH')}
     return kept | {'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'} | variables
 
 

@@ -1,22 +1,22 @@
-"""Let the controller search a table of known accuracies, beside random search and regularised evolution.
+"""Let the controller search tables of known accuracies, beside random search, evolution, local search and a Gaussian process.
 
-    python tools/benchmark_search.py --table cifar10.csv --seeds 20 --queries 300 --plot regret.png --json regret.json
+    python tools/benchmark_search.py --table cifar10.csv --table other.csv --seeds 20 --plot regret.png --json regret.json
 
-The table is a NAS-Bench-201 one: the line `architecture,accuracy`, then one architecture a line with its accuracy in per
-cent, all 15,625 of them or some. A search asks for the accuracy of one architecture after another and is judged by its
-regret, the table's best accuracy minus the best that it found, after 50, 100, 150, 200 and 300 different ones.
+A search asks a table (see search_tables.py) for the accuracy of one architecture after another and is judged by its regret:
+the table's best accuracy minus the best that it found, after 50, 100, 150, 200 and 300 different ones. All methods begin with
+the same random architectures at the same seed and then ask in rounds.
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
 import math
-import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,202 +25,218 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from controller import NAO, PRESETS, Settings, search_step
+from search_tables import Sequence, Table, UserError, read_table, regrets
 
-OPERATIONS = ('none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3')
-SOURCES = (0, 0, 1, 0, 1, 2)  # the node that each of the six edges reads; an edge's place says which node it feeds
-EDGES = len(SOURCES)
-HEADER = 'architecture,accuracy'
-ARCHITECTURE = re.compile(r'\|{}~{}\|\+\|{}~{}\|{}~{}\|\+\|{}~{}\|{}~{}\|{}~{}\|'.format(
-    *(part for source in SOURCES for part in (r'(\w+)', source))))
-# An edge has its own five words, so that an operation's embedding can mean another thing on another edge.
-ALLOWED_TOKENS = [(1 + len(OPERATIONS) * edge, len(OPERATIONS) * (edge + 1)) for edge in range(EDGES)]
-VOCABULARY_SIZE = 1 + len(OPERATIONS) * EDGES
+from controller import NAO, PRESETS, Settings, rank, search_step
+
 CHECKPOINTS = (50, 100, 150, 200, 300)  # queries after which the regret is reported
-
-Sequence = tuple[int, ...]
-Table = dict[Sequence, float]
-
-
-class UserError(ValueError):
-    """The table or an option is not as it should be; the message is one line for the user."""
-
-
-def encode(architecture: str) -> Sequence:
-    """The six tokens of an architecture string; raises ValueError that says what is wrong."""
-    match = ARCHITECTURE.fullmatch(architecture)
-    if not match:
-        raise ValueError(f'{architecture!r} is not an architecture of six edges such as |none~0|+|none~0|none~1|+|...|')
-    for operation in match.groups():
-        if operation not in OPERATIONS:
-            raise ValueError(f'{operation!r} is not one of the operations {", ".join(OPERATIONS)}')
-    return tuple(first + OPERATIONS.index(operation)
-                 for (first, _), operation in zip(ALLOWED_TOKENS, match.groups(), strict=True))
+POPULATION, SAMPLE = 50, 10  # of regularised evolution
+PATIENCE = 100  # children in a row that had been asked before, after which evolution takes a random architecture
+LENGTHS = (1, 2, 4, 8)  # what the Gaussian process chooses from
+NOISE = 0.05  # its variance; that of the targets is 1
+ROWS = 20_000  # random architectures that it ranks where a table has more
+LARGEST_BETA = 2
 
 
-def read_table(path: str) -> Table:
-    """The accuracies in per cent by tokens; raises UserError, which names the file and the line that is wrong."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'not a text file'
-        raise UserError(f'{path}: cannot be read ({reason}); a table of accuracies is needed here') from None
-    if not lines or lines[0].strip() != HEADER:
-        raise UserError(f'{path}, line 1: is {lines[0] if lines else ""!r}, but a table begins with the line {HEADER!r}')
-    table: Table = {}
-    for number, line in enumerate(lines[1:], start=2):
-        if not line.strip():
-            continue
-        architecture, _, value = line.strip().rpartition(',')
-        try:
-            sequence, accuracy = encode(architecture), float(value)
-            if not math.isfinite(accuracy):
-                raise ValueError(f'the accuracy {value!r} is not a finite number')
-            if sequence in table:
-                raise ValueError(f'{architecture} stands in the table twice')
-        except ValueError as error:
-            raise UserError(f'{path}, line {number}: {error}') from None
-        table[sequence] = accuracy
-    if not table:
-        raise UserError(f'{path}: has no architecture; a table has one a line under {HEADER!r}')
-    return table
+class Search(NamedTuple):
+    """What a method sees of a search: the table's space, what has been asked, what comes when it proposes too little."""
+
+    table: Table
+    asked: dict[Sequence, float]
+    order: list[Sequence]  # all architectures in a random order, which the search begins with
+    round: int  # architectures to propose at a time
+    generator: torch.Generator
+
+    def pick(self, items: list) -> object:
+        """A random one of a list."""
+        return items[int(torch.randint(len(items), (), generator=self.generator))]
+
+    def fresh(self, besides: Iterable[Sequence] = ()) -> Iterator[Sequence]:
+        """Random architectures that have not been asked and are not among others."""
+        besides = set(besides)
+        return (sequence for sequence in self.order if sequence not in self.asked and sequence not in besides)
+
+    def mutations(self, sequence: Sequence) -> list[Sequence]:
+        """The architectures of the table that differ from one in a single position."""
+        near = ((*sequence[:position], token, *sequence[position + 1:])
+                for position, (first, last) in enumerate(self.table.allowed_tokens) for token in range(first, last + 1)
+                if token != sequence[position])
+        return [neighbour for neighbour in near if neighbour in self.table.accuracies]
 
 
-def shuffled(table: Table, generator: torch.Generator) -> list[Sequence]:
-    """The table's architectures in a random order."""
-    sequences = list(table)
-    return [sequences[row] for row in torch.randperm(len(sequences), generator=generator).tolist()]
+# A method yields the proposals of one round after another; when it goes on, `asked` has their accuracies.
 
 
-def pick(count: int, generator: torch.Generator) -> int:
-    """A random number below `count`."""
-    return int(torch.randint(count, (), generator=generator))
+def random_search(search: Search) -> Iterator[list[Sequence]]:
+    """Propose nothing: random architectures fill the rounds."""
+    while True:
+        yield []
 
 
-def random_search(table: Table, queries: int, generator: torch.Generator) -> list[Sequence]:
-    """Ask for random architectures; the asked ones in order."""
-    return shuffled(table, generator)[:queries]
+def evolution(search: Search) -> Iterator[list[Sequence]]:
+    """Regularised evolution (Real et al., 2019): the best of a sample is mutated, the oldest dies.
 
-
-def mutations(sequence: Sequence, table: Table) -> list[Sequence]:
-    """The architectures of the table that differ from one in a single operation."""
-    near = ((*sequence[:edge], token, *sequence[edge + 1:])
-            for edge, (first, last) in enumerate(ALLOWED_TOKENS) for token in range(first, last + 1)
-            if token != sequence[edge])
-    return [neighbour for neighbour in near if neighbour in table]
-
-
-def evolution(table: Table, queries: int, generator: torch.Generator, population_size: int = 50, sample_size: int = 10,
-              patience: int = 100) -> list[Sequence]:
-    """Regularised evolution (Real et al., 2019): the best of a sample is mutated, the oldest dies; the asked in order.
-
-    After `patience` children in a row that had been asked before, or where the table lacks all mutations, a random
-    architecture joins, so that a small table does not stop the search.
+    The children of a round come from the population at its beginning. Where PATIENCE children in a row had been asked before,
+    or the table lacks all mutations, a random architecture joins, so that a small table does not stop the search.
     """
-    order = shuffled(table, generator)
-    population = deque(order[:min(population_size, queries)], maxlen=population_size)
-    asked, repeats = dict.fromkeys(population), 0
-    while len(asked) < min(queries, len(table)):
-        rivals = [pick(len(population), generator) for _ in range(sample_size)]
-        children = mutations(max((population[rival] for rival in rivals), key=table.__getitem__), table)
-        if children and repeats < patience:
-            child = children[pick(len(children), generator)]
+    population = deque(search.asked, maxlen=POPULATION)
+    while True:
+        children: list[Sequence] = []
+        new: set[Sequence] = set()
+        repeats = 0
+        while len(new) < min(search.round, len(search.order) - len(search.asked)):
+            rivals = [search.pick(population) for _ in range(SAMPLE)]
+            mutations = search.mutations(max(rivals, key=search.asked.__getitem__))
+            child = search.pick(mutations) if mutations and repeats < PATIENCE else next(search.fresh(new))
+            repeats = 0 if child not in search.asked and child not in new else repeats + 1
+            children.append(child)
+            new.update({child} - search.asked.keys())
+        yield children
+        population.extend(child for child in children if child in search.asked)
+
+
+def local_search(search: Search) -> Iterator[list[Sequence]]:
+    """Local search (White et al., 2020, arXiv:2005.02960): ask for all neighbours, go to the best, until none is better.
+
+    It begins with the best of the first architectures, and anew with a random one.
+    """
+    place = max(search.asked, key=search.asked.__getitem__)
+    while True:
+        neighbours = search.mutations(place)
+        while unknown := [neighbour for neighbour in neighbours if neighbour not in search.asked]:
+            yield unknown[:search.round]
+        best = max(neighbours, key=search.asked.__getitem__, default=place)
+        if search.asked[best] > search.asked[place]:
+            place = best
         else:
-            child = next(sequence for sequence in order if sequence not in asked)
-        repeats = repeats + 1 if child in asked else 0
-        asked[child] = None
-        population.append(child)
-    return list(asked)
+            place = next(search.fresh())
+            yield [place]
 
 
-class Plan(NamedTuple):
-    """How a controller spends its queries: at first so many random ones, then rounds of new ones."""
+def posterior(known: Tensor, targets: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation at one-hot rows `others` of a Gaussian process with targets (count,) at one-hot rows `known`.
 
-    initial: int
-    new: int
-    settings: Settings
-
-
-# The presets' fits are made for pools of hundreds of long sequences; here are tens of short ones and many rounds.
-PLANS = {'nao_best': Plan(40, 10, PRESETS['best']._replace(epochs=60, later_updates=20)),
-         'nao_paper': Plan(100, 50, PRESETS['paper']._replace(epochs=300))}
-
-
-def controller_search(table: Table, queries: int, generator: torch.Generator, plan: Plan) -> list[Sequence]:
-    """Ask for random architectures, then in rounds for those that the controller proposes; the asked in order.
-
-    Where it proposes too few, random ones fill the round. What the table lacks cannot be asked: the controller is told not
-    to propose it again, and proposes more at once the smaller the table's share of the space is.
+    The kernel is exp(-Hamming distance / length), the length that of LENGTHS under which the targets are likeliest.
     """
-    order = shuffled(table, generator)
-    asked = {sequence: table[sequence] for sequence in order[:min(plan.initial, queries)]}
-    naos = [NAO(ALLOWED_TOKENS, VOCABULARY_SIZE, EDGES) for _ in range(plan.settings.members)]
-    per_answer = math.ceil(len(OPERATIONS) ** EDGES / len(table))
+    distances, cross = (known.sum(1)[0] - rows @ known.T for rows in (known, others))
+
+    def solve(length: int) -> tuple[float, Tensor, Tensor, int]:
+        factor = torch.linalg.cholesky((-distances / length).exp() + NOISE * torch.eye(len(known)))
+        weights = torch.cholesky_solve(targets[:, None], factor)
+        return float(-targets @ weights[:, 0] / 2 - factor.diagonal().log().sum()), factor, weights, length
+    _, factor, weights, length = max(map(solve, LENGTHS), key=lambda solution: solution[0])
+    kernel = (-cross / length).exp()
+    explained = torch.linalg.solve_triangular(factor, kernel.T, upper=False).square().sum(0)
+    return (kernel @ weights)[:, 0], (1 - explained).clamp(min=0).sqrt()
+
+
+def gaussian_process(search: Search) -> Iterator[list[Sequence]]:
+    """Rank the table by a Gaussian process on ranks: a round's maximise mean + β·deviation, β evenly from 0 to LARGEST_BETA."""
+    words = search.table.allowed_tokens[-1][1] + 1
+
+    def one_hot(sequences: list[Sequence]) -> Tensor:
+        return torch.zeros(len(sequences), words).scatter_(1, torch.tensor(sequences), 1)
+    while True:
+        rest = list(search.fresh())
+        candidates = [rest[row] for row in torch.randperm(len(rest), generator=search.generator)[:ROWS].tolist()]
+        targets = rank(list(search.asked.values())).flatten()
+        targets = (targets - targets.mean()) / targets.std().clamp(min=1e-6)
+        mean, deviation = posterior(one_hot(list(search.asked)), targets, one_hot(candidates))
+        chosen = []
+        for beta in torch.linspace(0, LARGEST_BETA, search.round).tolist()[:len(candidates)]:
+            chosen.append(int((mean + beta * deviation).argmax()))
+            mean[chosen[-1]] = -math.inf
+        yield [candidates[column] for column in chosen]
+
+
+def nao(search: Search, settings: Settings) -> Iterator[list[Sequence]]:
+    """Fit the controller to what has been asked and let it write new architectures.
+
+    What the table lacks cannot be asked: the controller is told not to propose it again, and proposes more at once the
+    smaller the table's share of the space is.
+    """
+    allowed_tokens = search.table.allowed_tokens
+    naos = [NAO(allowed_tokens, allowed_tokens[-1][1] + 1, len(allowed_tokens)) for _ in range(settings.members)]
+    count = math.ceil(search.round / search.table.share)
     refused: set[Sequence] = set()
-    first = True
-    while len(asked) < min(queries, len(table)):
-        proposed = search_step(naos, list(asked), list(asked.values()), plan.new * per_answer, plan.settings, generator,
-                               first=first, refused=refused)
-        first = False
-        refused.update(sequence for sequence in proposed if sequence not in table)
-        fillers = (sequence for sequence in order if sequence not in asked)
-        wanted = dict.fromkeys(sequence for sequence in [*proposed, *fillers] if sequence in table)
-        for sequence in list(wanted)[:min(plan.new, queries - len(asked))]:
-            asked[sequence] = table[sequence]
+    for number in itertools.count():
+        proposed = search_step(naos, list(search.asked), list(search.asked.values()), count, settings, search.generator,
+                               first=not number, refused=refused)
+        refused.update(sequence for sequence in proposed if sequence not in search.table.accuracies)
+        yield proposed
+
+
+METHODS: dict[str, Callable[[Search], Iterator[list[Sequence]]]] = {
+    'random': random_search, 'evolution': evolution, 'local_search': local_search, 'gp': gaussian_process,
+    **{f'nao_{preset}': functools.partial(nao, settings=settings) for preset, settings in PRESETS.items()}}
+NAMES = {'random': 'random search', 'evolution': 'regularised evolution', 'local_search': 'local search',
+         'gp': 'Gaussian process', **{f'nao_{preset}': f'NAO, preset {preset}' for preset in PRESETS}}
+
+
+def run(method: Callable[[Search], Iterator[list[Sequence]]], table: Table, queries: int, initial: int, round_size: int,
+        seed: int) -> list[Sequence]:
+    """Ask for `initial` random architectures, then for what a method proposes, in rounds; the asked in order.
+
+    Where it proposes too few that are new and in the table, random ones fill the round.
+    """
+    torch.manual_seed(seed)  # the initial weights and the dropout
+    generator = torch.Generator().manual_seed(seed)
+    sequences = list(table.accuracies)
+    order = [sequences[row] for row in torch.randperm(len(sequences), generator=generator).tolist()]
+    asked = {sequence: table.accuracies[sequence] for sequence in order[:min(initial, queries)]}
+    search = Search(table, asked, order, round_size, generator)
+    proposals = method(search)
+    while len(asked) < min(queries, len(table.accuracies)):
+        proposed = next(proposals)
+        new = dict.fromkeys(sequence for sequence in proposed if sequence in table.accuracies and sequence not in asked)
+        for sequence in itertools.islice(itertools.chain(new, search.fresh(new)), min(round_size, queries - len(asked))):
+            asked[sequence] = table.accuracies[sequence]
     return list(asked)
 
 
-def nao_method(plan: Plan) -> Callable[[Table, int, torch.Generator], list[Sequence]]:
-    """The search of a plan, called like the other methods."""
-    return lambda table, queries, generator: controller_search(table, queries, generator, plan)
-
-
-METHODS = {**{name: nao_method(plan) for name, plan in PLANS.items()}, 'random': random_search, 'evolution': evolution}
-
-
-def regrets(table: Table, asked: list[Sequence], queries: int) -> Tensor:
-    """The regret after 1, 2, … queries, (queries,); when the whole table has been asked it stays where it is, at 0."""
-    best = torch.tensor([table[sequence] for sequence in asked], dtype=torch.float64).cummax(0).values
-    return max(table.values()) - torch.cat([best, best[-1:].expand(queries - len(best))])
-
-
-def measure(method: str, table: Table, seeds: int, queries: int) -> tuple[Tensor, float]:
+def measure(method: str, table: Table, arguments: argparse.Namespace) -> tuple[Tensor, float]:
     """Regrets (seeds, queries) of a method and its mean seconds a seed."""
-    curves, start = [], time.perf_counter()
-    for seed in range(seeds):
-        torch.manual_seed(seed)  # the initial weights and the dropout
-        asked = METHODS[method](table, queries, torch.Generator().manual_seed(seed))
-        curves.append(regrets(table, asked, queries))
-    return torch.stack(curves), (time.perf_counter() - start) / seeds
+    start = time.perf_counter()
+    curves = [regrets(table, run(METHODS[method], table, arguments.queries, arguments.initial, arguments.round, seed),
+                      arguments.queries) for seed in range(arguments.seeds)]
+    return torch.stack(curves), (time.perf_counter() - start) / arguments.seeds
+
+
+def standard_error(curves: Tensor) -> Tensor:
+    """The standard error (queries,) of the mean of regrets (seeds, queries); that of one seed is 0."""
+    return curves.std(0) / len(curves) ** 0.5 if len(curves) > 1 else torch.zeros_like(curves[0])
 
 
 def summary(curves: Tensor) -> dict[int, tuple[float, float]]:
-    """Mean and standard error of regrets (seeds, queries) at each checkpoint; the error of one seed is 0."""
-    seeds, queries = curves.shape
-    errors = curves.std(0, correction=1) / seeds ** 0.5 if seeds > 1 else torch.zeros(queries)
+    """Mean and standard error of regrets (seeds, queries) at each checkpoint."""
+    errors = standard_error(curves)
     return {count: (float(curves[:, count - 1].mean()), float(errors[count - 1]))
-            for count in CHECKPOINTS if count <= queries}
+            for count in CHECKPOINTS if count <= curves.shape[1]}
 
 
-def draw(path: str, results: dict[str, Tensor]) -> None:
-    """Write the mean regrets (seeds, queries) of all methods, with a band of one standard error, to a PNG."""
+def draw(path: str, results: dict[str, dict[str, Tensor]]) -> None:
+    """Write the mean regrets (seeds, queries) of all tables and methods, with a band of one standard error, to a PNG."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    for method, curves in results.items():
-        mean = curves.mean(0)
-        error = curves.std(0) / len(curves) ** 0.5 if len(curves) > 1 else torch.zeros_like(mean)
-        queries = range(1, len(mean) + 1)
-        line, = axes.plot(queries, mean, label=method)
-        axes.fill_between(queries, mean - error, mean + error, alpha=0.2, color=line.get_color())
-    # Linear below a hundredth of a per cent: a logarithm has no zero, which good searches reach.
-    axes.set_yscale('symlog', linthresh=0.01)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel('queries')
-    axes.set_ylabel('regret (per cent accuracy)')
-    axes.grid(alpha=0.3)
-    axes.legend()
+    columns = min(2, len(results))
+    rows = math.ceil(len(results) / columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(6 * columns + 1, 3.5 * rows + 1), layout='constrained', squeeze=False)
+    for axes, (name, curves_of) in itertools.zip_longest(panels.flat, results.items(), fillvalue=('', {})):
+        if not name:
+            axes.remove()
+            continue
+        for method, curves in curves_of.items():
+            mean, error = curves.mean(0), standard_error(curves)
+            queries = range(1, len(mean) + 1)
+            line, = axes.plot(queries, mean, label=NAMES[method])
+            axes.fill_between(queries, mean - error, mean + error, alpha=0.2, color=line.get_color())
+        # Linear below a hundredth of a per cent: a logarithm has no zero, which good searches reach.
+        axes.set_yscale('symlog', linthresh=0.01)
+        axes.set_ylim(bottom=0)
+        axes.set(title=name, xlabel='architectures evaluated', ylabel='regret (per cent)')
+        axes.grid(alpha=0.3)
+    panels.flat[0].legend()
     figure.savefig(path, dpi=150, format='png')
 
 
@@ -236,44 +252,54 @@ def methods_of(names: str) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     """The command line; exits with status 2 and one line where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--table', required=True, help='CSV file of architectures and accuracies')
+    parser.add_argument('--table', required=True, action='append', metavar='FILE',
+                        help='CSV file of architectures and accuracies, may be repeated')
     parser.add_argument('--seeds', type=int, default=20, help='searches a method, seeded 0, 1, … (default: %(default)s)')
     parser.add_argument('--queries', type=int, default=300, help='architectures a search asks for (default: %(default)s)')
+    parser.add_argument('--initial', type=int, default=40, help='random ones that it begins with (default: %(default)s)')
+    parser.add_argument('--round', type=int, default=10, help='those that it asks for at a time (default: %(default)s)')
     parser.add_argument('--method', type=methods_of, action='append', metavar='METHOD[,METHOD]',
                         help=f'what to measure, may be repeated: {", ".join(METHODS)} (default: all of them)')
     parser.add_argument('--plot', metavar='PNG', help='draw the curves to this file (needs matplotlib)')
     parser.add_argument('--json', metavar='FILE', help='write the numbers to this file')
     arguments = parser.parse_args()
-    if arguments.seeds < 1:
-        parser.error(f'--seeds={arguments.seeds}, but at least 1 is needed')
-    if arguments.queries < CHECKPOINTS[0]:
-        parser.error(f'--queries={arguments.queries}, but the regret is first reported after {CHECKPOINTS[0]}')
+    for name, least in (('seeds', 1), ('initial', 1), ('round', 1), ('queries', CHECKPOINTS[0])):
+        if getattr(arguments, name) < least:
+            parser.error(f'--{name}={getattr(arguments, name)}, but at least {least} is needed')
+    names = [Path(path).stem for path in arguments.table]
+    for name in names:
+        if names.count(name) > 1:
+            parser.error(f'two --table are named {name}, under which the results of one are written')
     arguments.method = list(dict.fromkeys(itertools.chain.from_iterable(arguments.method or [METHODS])))
     return arguments
 
 
 def main() -> None:
-    """Measure the methods that were asked for, print the table and write the files."""
+    """Measure the methods that were asked for on each table, print the regrets and write the files."""
     arguments = parse_arguments()
     torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for each other
-    table = read_table(arguments.table)
+    tables = {Path(path).stem: read_table(path) for path in arguments.table}
     for output in filter(None, (arguments.plot, arguments.json)):
         if not Path(output).parent.is_dir():
             raise UserError(f'{output}: cannot be written, its folder does not exist')
     if arguments.plot and importlib.util.find_spec('matplotlib') is None:
         raise UserError('--plot needs matplotlib: pip install -r requirements-tools.txt')
     reported = [count for count in CHECKPOINTS if count <= arguments.queries]
-    print(f'{"regret after":<14}' + ''.join(f'{count:>16}' for count in reported) + f'{"seconds/seed":>14}')
-    results, report = {}, {'regret': {}, 'seconds_per_seed': {}}
-    for method in arguments.method:
-        results[method], seconds = measure(method, table, arguments.seeds, arguments.queries)
-        values = summary(results[method])
-        report['regret'][method] = values
-        report['seconds_per_seed'][method] = seconds
-        print(f'{method:<14}' + ''.join(f'{f"{mean:.3f} ± {error:.3f}":>16}' for mean, error in values.values())
-              + f'{seconds:>14.2f}', flush=True)
+    results: dict[str, dict[str, Tensor]] = {name: {} for name in tables}
+    report = {name: {'regret': {}, 'seconds_per_seed': {}} for name in tables}
+    for name, table in tables.items():
+        if len(tables) > 1:
+            print(name)
+        print(f'{"regret after":<14}' + ''.join(f'{count:>16}' for count in reported) + f'{"seconds/seed":>14}')
+        for method in arguments.method:
+            results[name][method], seconds = measure(method, table, arguments)
+            values = report[name]['regret'][method] = summary(results[name][method])
+            report[name]['seconds_per_seed'][method] = seconds
+            print(f'{method:<14}' + ''.join(f'{f"{mean:.3f} ± {error:.3f}":>16}' for mean, error in values.values())
+                  + f'{seconds:>14.2f}', flush=True)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=2) + '\n')
+        alone = next(iter(report.values())) if len(report) == 1 else {}
+        Path(arguments.json).write_text(json.dumps({**alone, 'tables': report}, indent=2) + '\n')
     if arguments.plot:
         draw(arguments.plot, results)
 
