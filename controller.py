@@ -7,6 +7,7 @@ position is data, so that any search space fits. All tensors are (batch, length,
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -414,12 +415,14 @@ def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]]
 
 
 def fit_all(naos: Sequence[NAO], sequences: Tensor, targets: Tensor, settings: Settings, generator: torch.Generator, *,
-            first: bool, **options: Any) -> dict[str, float]:
+            first: bool, report: Callable[[int, dict[str, float]], None] = lambda member, values: None,
+            **options: Any) -> list[dict[str, float]]:
     """Fit every NAO as the settings say; a later fit (first=False) goes on from their weights. `options` go to `fit`.
 
-    Returns the last NAO's last report.
+    Returns their last reports; report(member, values), members from 0, gets all.
     """
-    return [fit(nao, sequences, targets, settings, generator, first=first, **options) for nao in naos][-1]
+    return [fit(nao, sequences, targets, settings, generator, first=first, report=partial(report, member), **options)
+            for member, nao in enumerate(naos)]
 
 
 def search_step(naos: Sequence[NAO], sequences: Sequence[Sequence[int]], accuracies: Sequence[float], count: int,

@@ -34,6 +34,8 @@ from proposers import PROPOSERS, Known
 from search_setup import NETWORK_FLAGS
 from utils import Run
 
+UNLEARNT = 0.1  # Hamming distance from which a controller cannot be said to know the architectures
+
 
 def next_phase(search: 'Search') -> str:
     """The phase after the one that a search has just done: Algorithm 1 of the paper, with or without weight sharing.
@@ -75,7 +77,8 @@ class Search:
         if not self.checkpoint.exists():
             self.pool = search_setup.first_pool(args, self.vocabulary.operations, run.generators['search'])
         self.accuracies: list[float] = []  # of the pool when it was measured
-        self.born, self.first_count = list(range(len(self.pool))), len(self.pool)  # how many there were before each
+        self.born = list(range(len(self.pool)))  # how many architectures there were before each
+        self.rounds = [[0, 0]]  # [number, how many there were before] of each round of new ones; first the start
         self.task = search_setup.open_task(args, run)
         self.settings = search_setup.settings_of(args)
         self.naos = search_setup.build_controllers(args, self.vocabulary, run.device)
@@ -98,10 +101,11 @@ class Search:
             self.phase = next_phase(self)
             self.save()
         if final := self.final() if self.args.child_rank_count else []:
-            proposed = sum(self.born[self.pool.index(arch)] >= self.first_count for arch in final)
+            born = [self.born[self.pool.index(arch)] for arch in final]
+            came = [max(number for number, first in self.rounds if first <= each) for each in born]
             self.run.log(f'finished: the best architecture is {final[0]}; the ranked ones are in '
-                         f'{self.run.output_dir / "arch_pool.final"}, best first; {proposed} of these {len(final)} were '
-                         'proposed, the others drawn or given at the start')
+                         f'{self.run.output_dir / "arch_pool.final"}, best first; {sum(map(bool, came))} of these '
+                         f'{len(final)} were proposed in the search (they came in the rounds {", ".join(map(str, came))}; 0: the start)')
         else:
             self.run.log(f'finished: none was trained from scratch to be ranked; the best by its score is {self.pool[0]}, the '
                          f'first of {self.run.output_dir / "arch_pool"}')
@@ -135,7 +139,7 @@ class Search:
             raise UserError(f'{path}: its "pool" is damaged or of another --child_nodes ({error})') from None
         for name in self.fields:
             setattr(self, name, state[name])
-        self.born, self.first_count = state.get('born', list(range(len(self.pool)))), state.get('first_count', len(self.pool))
+        self.born, self.rounds = state.get('born', list(range(len(self.pool)))), state.get('rounds', [[0, 0]])
         if self.phase == 'done':
             self.phase = self.reopen(state['args'])
         self.resumed = {name: state[name] for name in ('args', 'random', 'scaler', 'metrics_bytes')}
@@ -151,7 +155,7 @@ class Search:
         """Write the checkpoint; `more` goes into it."""
         state = {'model': {}, 'optimizer': {}, 'epoch': self.number(), 'step': 0,
                  'controller': [nao.state_dict() for nao in self.naos], 'pool': [str(arch) for arch in self.pool],
-                 'born': self.born, 'first_count': self.first_count, 'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
+                 'born': self.born, 'rounds': self.rounds, 'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
         self.run.save(state | {name: getattr(self, name) for name in self.fields} | more, *self.checkpoints())
 
     def checkpoints(self) -> list[Path]:
@@ -214,17 +218,25 @@ class Search:
                                            for _ in range(args.controller_expand - 1)]
             sequences, targets, augment = torch.cat(copies), targets[train].repeat(args.controller_expand, 1), None
 
-        def report(values: dict[str, float]) -> None:
-            self.run.log(f'controller epoch {values["epoch"]}/{values["epochs"]} loss {values["loss"]:.5f} pairwise '
-                         f'accuracy {values["pairwise_accuracy"]:.4f} Hamming distance {values["hamming_distance"]:.4f}')
-        values = controller.fit_all(self.naos, sequences, targets, self.settings, generator, first=not self.fits,
-                                    augment=augment, held_out=held_out, report=report)
-        if not math.isfinite(values['loss']):
-            raise training.NotFiniteError(f'the loss of the controller is {values["loss"]}; the last checkpoint is kept; a '
+        def report(member: int, values: dict[str, float]) -> None:
+            which = f' {member + 1}/{len(self.naos)}' if len(self.naos) > 1 else ''
+            if not which or values['epoch'] == values['epochs']:  # of several, one line each
+                self.run.log(f'controller{which} epoch {values["epoch"]}/{values["epochs"]} loss {values["loss"]:.5f} '
+                             f'pairwise accuracy {values["pairwise_accuracy"]:.4f} Hamming distance '
+                             f'{values["hamming_distance"]:.4f}')
+        reports = controller.fit_all(self.naos, sequences, targets, self.settings, generator, first=not self.fits,
+                                     augment=augment, held_out=held_out, report=report)
+        losses = [values['loss'] for values in reports]
+        distance = max(values['hamming_distance'] for values in reports)
+        if not all(map(math.isfinite, losses)):
+            raise training.NotFiniteError(f'the loss of the controller is {max(losses)}; the last checkpoint is kept; a '
                                           'smaller --controller_lr may help')
+        if distance > UNLEARNT:
+            self.run.warn(f'the controller writes {distance:.0%} of the tokens of known architectures wrongly: what it proposes '
+                          'is near to chance; more --controller_epochs help')
         self.share_controllers()
         self.fits += 1
-        self.run.write_metrics(kind='controller', search_epoch=self.number(), **values)
+        self.run.write_metrics(kind='controller', search_epoch=self.number(), **reports[-1])
 
     def propose(self) -> None:
         """Ask the proposer for architectures that are not in the pool, and take them in (paper, section 3.4)."""
@@ -242,6 +254,7 @@ class Search:
                           'larger --controller_top or longer fits write others')
         self.run.write_metrics(kind='new', epoch=self.number(), new=len(lines), per_lambda=notes.get('written per λ', {}))
         born = max(self.born) + 1
+        self.rounds.append([self.number(), born])
         self.replace([architecture.parse(line) for line in lines])
         self.born = self.born + list(range(born, born + len(lines)))
         self.write_pool('', self.pool)

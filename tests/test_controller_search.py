@@ -195,7 +195,7 @@ def test_later_fits_take_the_given_number_of_updates():
     settings = Settings(epochs=4, later_updates=7, batch_size=10)
     for first in (True, False):
         search_step([small_nao()], list(known), list(known.values()), 1, settings, torch.Generator().manual_seed(0),
-                    first=first, report=reports.append)
+                    first=first, report=lambda member, values: reports.append(values))
     assert [values['epoch'] for values in reports] == [4, 3], '30 sequences are 3 updates an epoch'
 
 
