@@ -20,7 +20,8 @@ COMING = {'docs/controller.md', 'docs/study.md'}  # pages that are linked to and
 @pytest.fixture(scope='module')
 def known_flags() -> set[str]:
     """Every flag of every program and tool, by its --help; and those that are accepted without effect."""
-    started = [Program(str(path.relative_to(ROOT)), '--help') for path in PROGRAMS if "__name__ == '__main__'" in path.read_text()]
+    paths = [str(path.relative_to(ROOT)) for path in PROGRAMS if "__name__ == '__main__'" in path.read_text()]
+    started = [Program(path, '--help') for path in paths]
     named = {name for program in started for name in re.findall(r'--([\w-]+)', program.wait().out)}
     return named | OTHERS_FLAGS | {*search_setup.NO_EFFECT, *train_imagenet.NO_EFFECT}
 
