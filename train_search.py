@@ -100,12 +100,13 @@ class Search:
             getattr(self, self.phase)()
             self.phase = next_phase(self)
             self.save()
-        if final := self.final() if self.args.child_rank_count else []:
+        final = [arch for arch in self.final() if arch in self.pool] if self.args.child_rank_count else []
+        if final:
             born = [self.born[self.pool.index(arch)] for arch in final]
             came = [max(number for number, first in self.rounds if first <= each) for each in born]
             self.run.log(f'finished: the best architecture is {final[0]}; the ranked ones are in '
                          f'{self.run.output_dir / "arch_pool.final"}, best first; {sum(map(bool, came))} of these '
-                         f'{len(final)} were proposed in the search (they came in the rounds {", ".join(map(str, came))}; 0: the start)')
+                         f'{len(final)} were proposed in the search (rounds {", ".join(map(str, came))}; 0: the start)')
         else:
             self.run.log(f'finished: none was trained from scratch to be ranked; the best by its score is {self.pool[0]}, the '
                          f'first of {self.run.output_dir / "arch_pool"}')
@@ -232,8 +233,8 @@ class Search:
             raise training.NotFiniteError(f'the loss of the controller is {max(losses)}; the last checkpoint is kept; a '
                                           'smaller --controller_lr may help')
         if distance > UNLEARNT:
-            self.run.warn(f'the controller writes {distance:.0%} of the tokens of known architectures wrongly: what it proposes '
-                          'is near to chance; more --controller_epochs help')
+            self.run.warn(f'the controller writes {distance:.0%} of the tokens of known architectures wrongly: what it '
+                          'proposes is near to chance; more --controller_epochs help')
         self.share_controllers()
         self.fits += 1
         self.run.write_metrics(kind='controller', search_epoch=self.number(), **reports[-1])
