@@ -12,7 +12,7 @@ base=$OUTPUT_DIR
 OUTPUT_DIR=$base/search
 run train_search.py --dataset=digits --child_layers=1 --child_channels=8 --child_batch_size=64 --child_eval_batch_size=144 \
   --child_epochs=6 --child_eval_epochs=2 --child_lr_max=0.05 --controller_seed_arch=30 --controller_new_arch=15 \
-  --controller_epochs=100 --child_rank_count=3 --child_rank_epochs=2
+  --controller_epochs=400 --controller_lr=0.003 --child_rank_count=3 --child_rank_epochs=2
 OUTPUT_DIR=$base/train
 found=$base/search/arch_pool.final
 run train_cifar.py --dataset=digits --fixed_arc="$found" --layers=1 --channels=8 --epochs=10 --batch_size=64 \
@@ -23,6 +23,7 @@ accuracy=$(sed -n 's/.*checkpoint_best.pt: .*top-1 error \([0-9.]*\) %.*/\1/p' "
 cat <<END
 
 Found the architecture   $(head -n 1 "$found")
+Of the ranked ones       $(sed -n 's/.*best first; \(.*the start\)).*/\1/p' "$base/search/train.log" | tail -n 1))
 Its test accuracy        $(awk "BEGIN { print 100 - $accuracy }") % on the digits
 The search               $base/search: train.log, metrics.jsonl, arch_pool.final
 The trained network      $base/train: train.log, metrics.jsonl, checkpoint_best.pt
