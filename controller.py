@@ -189,6 +189,18 @@ def random_sequences(nao: NAO, count: int, generator: torch.Generator) -> Tensor
     return ((draws * (last - first + 1)).long() + first).to(next(nao.parameters()).device)
 
 
+def redraw(nao: NAO, sequences: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Sequences (count, length): some of `sequences` (batch, length), the first ones more often, partly random.
+
+    Of each, any number of positions from one to all are redrawn: the result lies anywhere between a neighbour and chance.
+    """
+    rows, share, places = (torch.rand(shape, generator=generator, device=generator.device).to(sequences.device)
+                           for shape in ((count,), (count, 1), (count, sequences.shape[1])))
+    kept = sequences[(rows ** 2 * len(sequences)).long()]
+    redrawn = places <= torch.maximum(share, places.amin(1, keepdim=True))
+    return torch.where(redrawn, random_sequences(nao, count, generator), kept)
+
+
 def scale(accuracies: Sequence[float]) -> Tensor:
     """Accuracies as targets: 0-1 by their minimum and maximum, (count, 1); all 0.5 where they are equal."""
     values = torch.tensor(accuracies, dtype=torch.float64)
@@ -242,6 +254,7 @@ class Settings(NamedTuple):
     loss: str = 'squared'  # one of LOSSES
     unlabelled: int = 0  # random sequences a batch to reconstruct; 0: the batch is reconstructed
     top: int = 100  # the best known architectures, from which the search ascends
+    redrawn: int = 0  # sequences more that it ascends from: those with random positions redrawn
     lambdas: tuple[float, ...] = tuple(range(1, 51))
     candidates: int = 0  # new architectures that each controller decodes to choose from; 0: the first come are taken
     beta: float = 0.0  # the largest weight of the controllers' disagreement when candidates are chosen
@@ -249,8 +262,8 @@ class Settings(NamedTuple):
 
 PRESETS = {
     'paper': Settings(),
-    'best': Settings(epochs=300, later_updates=20, predictor_updates=200, lr=2e-3, trade_off=0.0, members=4, targets='ranks',
-                     loss='cross_entropy', unlabelled=50, lambdas=(1, 4, 16, 64, 256), candidates=500, beta=2.0),
+    'best': Settings(epochs=300, later_updates=20, predictor_updates=150, lr=2e-3, trade_off=0.0, members=4, targets='ranks',
+                     loss='cross_entropy', unlabelled=50, redrawn=200, lambdas=(1, 4, 16, 64, 256), candidates=2000, beta=1.0),
 }
 
 
@@ -391,13 +404,16 @@ def choose(predictions: Tensor, count: int, beta: float) -> list[int]:
     return chosen
 
 
-def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]], count: int,
-            settings: Settings) -> tuple[list[tuple[int, ...]], dict[float, int]]:
-    """At most `count` sequences not in `known`, ascended from seeds (batch, length) by every NAO and decoded.
+def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]], count: int, settings: Settings,
+            generator: torch.Generator) -> tuple[list[tuple[int, ...]], dict[float, int]]:
+    """At most `count` sequences not in `known`, ascended from seeds (batch, length), best first, by every NAO and decoded.
 
-    With settings.candidates each NAO decodes up to that many, among all of which `choose` does; without, each decodes its
-    share and the first come are taken. Returns them, and how many each λ decoded.
+    With settings.redrawn the ascent starts from redrawn seeds as well (see `redraw`). With settings.candidates each NAO
+    decodes up to that many, among all of which `choose` does; without, each decodes its share and the first come are taken.
+    Returns them, and how many each λ decoded.
     """
+    if settings.redrawn:
+        seeds = torch.cat([seeds, redraw(naos[0], seeds, settings.redrawn, generator)])
     pool: dict[tuple[int, ...], None] = {}
     per_lambda: Counter[float] = Counter()
     for member, nao in enumerate(naos):
@@ -423,19 +439,3 @@ def fit_all(naos: Sequence[NAO], sequences: Tensor, targets: Tensor, settings: S
     """
     return [fit(nao, sequences, targets, settings, generator, first=first, report=partial(report, member), **options)
             for member, nao in enumerate(naos)]
-
-
-def search_step(naos: Sequence[NAO], sequences: Sequence[Sequence[int]], accuracies: Sequence[float], count: int,
-                settings: Settings, generator: torch.Generator, *, first: bool = True,
-                refused: Collection[Sequence[int]] = (), **options: Any) -> list[tuple[int, ...]]:
-    """Fit every NAO to the known accuracies of sequences, ascend from the best: at most `count` new ones, best first.
-
-    naos: settings.members of them, on one device; a later step (first=False) goes on from their weights. refused:
-    sequences that are not to be proposed either. options: see `fit`.
-    """
-    device = next(naos[0].parameters()).device
-    tokens = torch.tensor(sequences, device=device)
-    targets = TARGETS[settings.targets](accuracies).to(device)
-    fit_all(naos, tokens, targets, settings, generator, first=first, **options)
-    seeds = tokens[targets.flatten().argsort(descending=True, stable=True)[:settings.top]]
-    return propose(naos, seeds, [*map(tuple, sequences), *map(tuple, refused)], count, settings)[0]

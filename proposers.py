@@ -36,7 +36,8 @@ Proposal = tuple[list[Architecture], dict[str, Any]]
 def by_controllers(known: Known, count: int) -> Proposal:
     """Ascend the predicted performance from the best architectures and decode (paper, section 3.4)."""
     tokens = known.vocabulary.tokens(known.pool, next(known.naos[0].parameters()).device)
-    new, per_lambda = controller.propose(known.naos, tokens[:known.settings.top], tokens.tolist(), count, known.settings)
+    new, per_lambda = controller.propose(known.naos, tokens[:known.settings.top], tokens.tolist(), count, known.settings,
+                                         known.generator)
     return [known.vocabulary.decode(each) for each in new], {'written per λ': per_lambda}
 
 

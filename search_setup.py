@@ -133,6 +133,7 @@ CONTROLLER_FLAGS = (
     ('members', POSITIVE_INT, PAPER.members, 'controllers, each fitted on its own'),
     ('unlabelled', COUNT, PAPER.unlabelled, 'random architectures a step to reconstruct; 0: those of the batch'),
     ('top', POSITIVE_INT, PAPER.top, 'the best architectures, from which the ascent starts'),
+    ('redrawn', COUNT, PAPER.redrawn, 'starts of the ascent more: the best with random tokens redrawn'),
     ('candidates', COUNT, PAPER.candidates, 'architectures that each controller writes to choose from by their predictions; '
      '0: the first come are taken'),
     ('beta', NOT_NEGATIVE, PAPER.beta, "largest weight of the controllers' disagreement when candidates are chosen"),

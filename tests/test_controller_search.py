@@ -18,17 +18,19 @@ from architecture import swap_operands, vocabulary
 from controller import (
     NAO,
     PRESETS,
+    TARGETS,
     Settings,
     choose,
     fit,
+    fit_all,
     fit_predictor,
     new_architectures,
     pairwise_accuracy,
     propose,
     random_sequences,
     rank,
+    redraw,
     scale,
-    search_step,
 )
 
 LEGAL = [(1, 4), (5, 8), (1, 4), (5, 8), (1, 4)]  # a made-up space of 4^5 sequences
@@ -57,10 +59,18 @@ def random_known(count, seed):
     return known
 
 
+def search_step(naos, sequences, accuracies, count, settings, generator, first=True, refused=(), **options):
+    """Fit the controllers to the known accuracies and ascend from the best, as every search does."""
+    tokens, targets = torch.tensor(sequences), TARGETS[settings.targets](accuracies)
+    fit_all(naos, tokens, targets, settings, generator, first=first, **options)
+    best = tokens[targets.flatten().argsort(descending=True, stable=True)[:settings.top]]
+    return propose(naos, best, [*map(tuple, sequences), *refused], count, settings, generator)[0]
+
+
 def small_search(seed, queries=60, settings=PRESETS['best']):
     """Accuracies by sequences, in the order asked: 30 random ones, then rounds of 10."""
     # A controller a third as wide as usual learns as quickly with larger steps.
-    settings = settings._replace(epochs=40, later_updates=6, predictor_updates=25, lr=1e-2)
+    settings = settings._replace(epochs=40, later_updates=6, predictor_updates=25, redrawn=50, lr=1e-2)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     known = random_known(30, seed)
@@ -132,7 +142,7 @@ def test_members_share_the_count_where_the_first_come_are_taken():
     seeds = random_sequences(naos[0], 100, generator)
     for nao in naos:  # a decoder that has learned nothing writes the same few sequences for all seeds
         fit(nao, seeds, torch.full((100, 1), 0.5), Settings(epochs=60, lr=1e-2, l2_reg=0, trade_off=0.1), generator)
-    together = propose(naos, seeds, [], 9, Settings(members=3))[0]
+    together = propose(naos, seeds, [], 9, Settings(members=3), generator)[0]
     assert together[:3] == new_architectures(naos[0], seeds, [], 3, range(1, 51))[0]
     assert len(set(together)) == len(together) == 9
 
@@ -187,6 +197,18 @@ def test_random_sequences_are_legal_and_reach_every_token():
     draws = random_sequences(small_nao(), 200, torch.Generator().manual_seed(0))
     for position, (first, last) in enumerate(LEGAL):
         assert set(draws[:, position].tolist()) == set(range(first, last + 1))
+
+
+def test_redrawn_sequences_lie_between_neighbours_of_the_first_and_chance():
+    nao, generator = small_nao(), torch.Generator().manual_seed(0)
+    sequences = random_sequences(nao, 10, generator)
+    redrawn = redraw(nao, sequences, 400, generator)
+    first, last = torch.tensor(LEGAL).T
+    assert redrawn.shape == (400, len(LEGAL)) and ((first <= redrawn) & (redrawn <= last)).all()
+    distances = (redrawn[:, None] != sequences).sum(2)
+    nearest = distances.argmin(1)[distances.amin(1) == 1].bincount(minlength=10)
+    assert nearest[:5].sum() > nearest[5:].sum(), 'the first ones more often'
+    assert {1, 2, 3} <= set(distances.amin(1).tolist())
 
 
 def test_later_fits_take_the_given_number_of_updates():

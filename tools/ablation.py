@@ -35,6 +35,7 @@ CHANGES = {
     'members': ('members',),
     'choice among candidates': ('candidates', 'beta'),
     'disagreement': ('beta',),
+    'redrawn starts': ('redrawn',),
     'lambdas': ('lambdas',)}
 
 

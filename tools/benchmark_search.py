@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from search_tables import Sequence, Table, UserError, read_table, regrets
 
-from controller import NAO, PRESETS, Settings, rank, search_step
+from controller import NAO, PRESETS, TARGETS, Settings, fit_all, propose, rank
 
 CHECKPOINTS = (50, 100, 150, 200, 300)  # queries after which the regret is reported
 POPULATION, SAMPLE = 50, 10  # of regularised evolution
@@ -152,18 +152,25 @@ def gaussian_process(search: Search) -> Iterator[list[Sequence]]:
 def nao(search: Search, settings: Settings) -> Iterator[list[Sequence]]:
     """Fit the controller to what has been asked and let it write new architectures.
 
-    What the table lacks cannot be asked: the controller is told not to propose it again, and proposes more at once the
-    smaller the table's share of the space is.
+    What the table lacks cannot be asked: the controllers are told not to propose it again, and asked for more until the round
+    is full or they have no more.
     """
     allowed_tokens = search.table.allowed_tokens
     naos = [NAO(allowed_tokens, allowed_tokens[-1][1] + 1, len(allowed_tokens)) for _ in range(settings.members)]
-    count = math.ceil(search.round / search.table.share)
     refused: set[Sequence] = set()
     for number in itertools.count():
-        proposed = search_step(naos, list(search.asked), list(search.asked.values()), count, settings, search.generator,
-                               first=not number, refused=refused)
-        refused.update(sequence for sequence in proposed if sequence not in search.table.accuracies)
-        yield proposed
+        tokens, targets = torch.tensor(list(search.asked)), TARGETS[settings.targets](list(search.asked.values()))
+        fit_all(naos, tokens, targets, settings, search.generator, first=not number)
+        best = tokens[targets.flatten().argsort(descending=True, stable=True)[:settings.top]]
+        new: list[Sequence] = []
+        while len(new) < search.round:
+            proposed, _ = propose(naos, best, [*search.asked, *refused, *new], search.round - len(new), settings,
+                                  search.generator)
+            new += [sequence for sequence in proposed if sequence in search.table.accuracies]
+            refused.update(sequence for sequence in proposed if sequence not in search.table.accuracies)
+            if not proposed:
+                break
+        yield new
 
 
 METHODS: dict[str, Callable[[Search], Iterator[list[Sequence]]]] = {
