@@ -158,6 +158,10 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.start = args, time.monotonic()
         self.device = choose_device(args.device)
+        if threads := getattr(args, 'threads', None):
+            torch.set_num_threads(threads)
+        elif self.device.type == 'cpu':
+            warn_of_busy_cores()
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.independent, self.prefix, self.early = False, '', ''
         self.store = None  # where several processes meet
@@ -464,6 +468,14 @@ def processor() -> str:
         name = next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return f'{name}, {cores} core{"s" * (cores > 1)}'
+
+
+def warn_of_busy_cores() -> None:
+    """Warn where other processes use the cores: PyTorch's threads wait for each other, so that one slow one stops all."""
+    threads, cores, load = torch.get_num_threads(), os.cpu_count(), os.getloadavg()[0]
+    if threads > 1 and threads + load > cores + 0.5:
+        print(f'warning: about {load:.1f} of {cores} cores are in use; {threads} threads can then be many times as slow as '
+              '--threads=1', file=sys.stderr, flush=True)
 
 
 def seconds_of(run: Run, function: Callable[[], Any]) -> float:
