@@ -70,5 +70,6 @@ def by_evolution(known: Known, count: int) -> Proposal:
     return children, {}
 
 
+LEARNING = ('controller',)  # those that need controllers fitted to the accuracies first
 PROPOSERS: dict[str, Callable[[Known, int], Proposal]] = {
     'controller': by_controllers, 'random': by_chance, 'evolution': by_evolution}

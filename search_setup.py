@@ -114,7 +114,7 @@ CHILD_FLAGS = (  # name, type, default, help
     ('results', str, None, 'NAO: path of a results.*.jsonl of a search with the same seed and sizes: what it has trained is '
      'not trained again'),
     ('rank_count', COUNT, 5, 'how many of the best are trained from scratch at the end'),
-    ('rank_epochs', POSITIVE_INT, 10, 'epochs of each training from scratch'),
+    ('rank_epochs', POSITIVE_INT, 10, 'epochs of each training from scratch; imagenet: one pass, at most 500 steps'),
 )
 CONTROLLER_FLAGS = (
     ('seed_arch', POOL, 600, 'architectures in the pool'),
@@ -275,7 +275,7 @@ def split_images(labels: Any, args: argparse.Namespace) -> tuple[torch.Tensor, t
     return chosen[train], chosen[valid]
 
 
-def cosine(args: argparse.Namespace, epochs: int) -> Callable[[int], float]:
+def cosine_of(args: argparse.Namespace, epochs: int) -> Callable[[int], float]:
     """The learning rate of each epoch of a cosine over `epochs`."""
     return partial(training.cosine, epochs=epochs, lr_max=args.child_lr_max, lr_min=args.child_lr_min)
 
@@ -297,10 +297,10 @@ def open_small_images(args: argparse.Namespace, run: Run) -> Task:
         'build': partial(build, args, NASNetworkCIFAR, len(data.classes), RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB,
                          data.size >= AUX_HEAD_IMAGE),
         'steps': args.child_epochs * len(train_batches(run)),
-        'options': {'epochs': args.child_rank_epochs, 'lr': cosine(args, args.child_rank_epochs)}}
+        'options': {'epochs': args.child_rank_epochs, 'lr': cosine_of(args, args.child_rank_epochs)}}
     return Task(
         len(data.classes), data.size, NASWSNetworkCIFAR, NASNetworkCIFAR, train_batches, valid_batches,
-        cosine(args, max(args.child_lr_epochs or 0, args.child_epochs)), 0.0, ranking)
+        cosine_of(args, max(args.child_lr_epochs or 0, args.child_epochs)), 0.0, ranking)
 
 
 def open_imagenet(args: argparse.Namespace, run: Run) -> Task:

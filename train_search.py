@@ -30,7 +30,7 @@ from architecture import Architecture
 from disk import write_lines
 from flags import UserError, run_program
 from model_search import score_pool
-from proposers import PROPOSERS, Known
+from proposers import LEARNING, PROPOSERS, Known
 from search_setup import NETWORK_FLAGS
 from utils import Run
 
@@ -42,7 +42,9 @@ def next_phase(search: 'Search') -> str:
 
     measure: `train` the supernet on the pool, then `score` the pool with it, or `evaluate`: train each candidate on its own;
     learn: `fit` encoder, predictor and decoder to the accuracies; improve: `propose` new architectures, by ascending the
-    predicted accuracy from the best; and so on. At last `rank` the best by training them from scratch.
+    predicted accuracy from the best; and so on. At last `rank` the best: with weight sharing by training them from scratch.
+
+    search.phase is that which was just done; in checkpoints, where the search goes on, it is the next one.
     """
     if search.phase == 'train':
         return 'score' if search.is_scored(search.epoch) else 'train'
@@ -84,12 +86,12 @@ class Search:
         self.naos = search_setup.build_controllers(args, self.vocabulary, run.device)
         self.share_controllers()
         self.fits = 0  # how often the controllers were fitted
-        self.after_measuring = 'fit' if args.proposer == 'controller' else 'propose'
+        self.after_measuring = 'fit' if args.proposer in LEARNING else 'propose'
         self.phase, self.resumed = self.phases[0], None
 
     # The search and its state.
 
-    def search(self) -> None:
+    def go_on(self) -> None:
         """Do phase after phase to the end, with a checkpoint before the first and after each."""
         if self.resumed:
             self.run.resume(self.resumed, f'{self.progress()}, next: {self.phase}')
@@ -97,9 +99,10 @@ class Search:
         if not self.resumed:
             self.save()
         while self.phase != 'done':
-            getattr(self, self.phase)()
+            done = self.phase
+            getattr(self, done)()
             self.phase = next_phase(self)
-            self.save()
+            self.save(after=done)
         final = [arch for arch in self.final() if arch in self.pool] if self.args.child_rank_count else []
         if final:
             born = [self.born[self.pool.index(arch)] for arch in final]
@@ -152,15 +155,15 @@ class Search:
             return self.after_measuring
         return 'rank' if set(self.pool[:self.args.child_rank_count]) - set(self.final()) else 'done'
 
-    def save(self, **more: Any) -> None:
-        """Write the checkpoint; `more` goes into it."""
+    def save(self, after: str = '', **more: Any) -> None:
+        """Write the checkpoint after a phase; `more` goes into it."""
         state = {'model': {}, 'optimizer': {}, 'epoch': self.number(), 'step': 0,
                  'controller': [nao.state_dict() for nao in self.naos], 'pool': [str(arch) for arch in self.pool],
                  'born': self.born, 'rounds': self.rounds, 'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
-        self.run.save(state | {name: getattr(self, name) for name in self.fields} | more, *self.checkpoints())
+        self.run.save(state | {name: getattr(self, name) for name in self.fields} | more, *self.checkpoints(after))
 
-    def checkpoints(self) -> list[Path]:
-        """Where the next checkpoint is written to."""
+    def checkpoints(self, after: str) -> list[Path]:
+        """Where the checkpoint after a phase is written to."""
         return [self.checkpoint]
 
     # The pool.
@@ -341,12 +344,12 @@ class WeightSharingSearch(Search):
         kept = len(self.pool) - len(new)
         self.pool, self.born = self.pool[:kept] + new, self.born[:kept]
 
-    def search(self) -> None:
+    def go_on(self) -> None:
         """Do phase after phase to the end."""
         self.run.part_ways()
         self.parallel = self.run.parallel(self.supernet, shares_weights=True)
         self.clock = training.Clock(self.step, self.args.child_epochs * len(self.batches))
-        super().search()
+        super().go_on()
 
     def load(self) -> dict[str, Any] | None:
         """Go on from the checkpoint in the output directory, if there is one; returns it."""
@@ -358,15 +361,15 @@ class WeightSharingSearch(Search):
             self.step = self.epoch * len(self.batches)  # in today's steps, see training.train
         return state
 
-    def save(self, **more: Any) -> None:
-        """Write the checkpoint."""
-        super().save(model=self.supernet.state_dict(), optimizer=self.optimizer.state_dict(), **more)
+    def save(self, after: str = '', **more: Any) -> None:
+        """Write the checkpoint after a phase."""
+        super().save(after, model=self.supernet.state_dict(), optimizer=self.optimizer.state_dict(), **more)
 
-    def checkpoints(self) -> list[Path]:
-        """Where the next checkpoint is written to: after a training of the supernet, as --save_every says, it is kept."""
+    def checkpoints(self, after: str) -> list[Path]:
+        """Where the checkpoint after a phase is written to: that of an epoch is kept as --save_every says."""
         every = self.args.save_every
-        kept = every and self.epoch and self.epoch % every == 0 and self.phase in ('train', 'score')
-        return [self.run.output_dir / f'checkpoint_{self.epoch}.pt'] * bool(kept) + super().checkpoints()
+        kept = every and after == 'train' and self.epoch % every == 0
+        return [self.run.output_dir / f'checkpoint_{self.epoch}.pt'] * bool(kept) + super().checkpoints(after)
 
     def number(self) -> int:
         """What this round's files are called by: epochs done."""
@@ -473,7 +476,7 @@ def main() -> None:
     search = SEARCHES[args.method](args, run)
     search.load()
     run.open_output(anew=search.resumed is None)
-    search.search()
+    search.go_on()
 
 
 if __name__ == '__main__':

@@ -39,9 +39,9 @@ from flags import Stopped, UserError
 LOG_EVERY = 100  # steps between two log lines
 LIVE_EVERY = 2  # seconds between two looks at a running loss, which wait for the device; only on a terminal
 LIFE_EVERY = 10  # seconds between two signs of life of a process that shares a queue with others
+LIFE_LIMIT = 600  # seconds without one after which it is given up, as collective operations do
 # What a run leaves that cannot go on, as its checkpoint is gone.
 LEFTOVER = re.compile(r'metrics\.jsonl|results\.\d+\.jsonl|(candidate|rank)-[0-9a-f]{8}\.pt')
-LIFE_LIMIT = 600  # seconds without one after which it is given up, as collective operations do
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -345,7 +345,7 @@ def parsed(monkeypatch, *flags):
 def test_candidates_and_rankings_are_trained_as_specified(monkeypatch):
     args = parsed(monkeypatch, '--method=NAO')
     assert (args.child_batch_size, args.child_l2_reg, args.child_epochs) == (128, 5e-4, 25)
-    lr = search_setup.cosine(args, max(args.child_lr_epochs, args.child_epochs))
+    lr = search_setup.cosine_of(args, max(args.child_lr_epochs, args.child_epochs))
     assert lr(0) == pytest.approx(0.024) and lr(50) == pytest.approx(0.012) and lr(100) == pytest.approx(0)
     run_here = argparse.Namespace(first_alone=lambda load: load(), device=torch.device('cpu'), rank=0, world=1, is_first=True,
                                   generators={'data': torch.Generator()})

@@ -1,6 +1,7 @@
 """The command line: numbers, mistakes, how a program ends; the device that a flag names."""
 
 import argparse
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -58,3 +59,59 @@ def test_a_device_that_cannot_be_used_is_a_users_error(name):
     with pytest.raises(UserError, match=rf'--device={name} .*use cpu, cuda, cuda:N or mps') as error:
         utils.choose_device(name)
     assert len(str(error.value).splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- the programs' numbers
+
+BOUNDS = [
+    ('train_cifar', '--batch_size=1', 'at least 2'),
+    ('train_cifar', '--eval_batch_size=0', 'at least 1'),
+    ('train_cifar', '--epochs=0', 'at least 1'),
+    ('train_cifar', '--epochs=1.5', 'whole number'),
+    ('train_cifar', '--lr_max=0', 'above 0'),
+    ('train_cifar', '--lr_max=-1', 'above 0'),
+    ('train_cifar', '--lr_max=nan', 'above 0'),
+    ('train_cifar', '--lr_min=-0.1', 'at least 0'),
+    ('train_cifar', '--l2_reg=-1', 'at least 0'),
+    ('train_cifar', '--keep_prob=0', 'above 0 and at most 1'),
+    ('train_cifar', '--drop_path_keep_prob=1.5', 'above 0 and at most 1'),
+    ('train_cifar', '--grad_bound=0', 'above 0'),
+    ('train_cifar', '--layers=0', 'at least 1'),
+    ('train_cifar', '--channels=0', 'at least 1'),
+    ('train_cifar', '--cutout_size=-1', 'at least 0'),
+    ('train_cifar', '--seed=-1', 'at least 0'),
+    ('train_cifar', '--seed=99999999999999999999999', 'at most'),
+    ('search_setup', '--child_batch_size=1', 'at least 2'),
+    ('search_setup', '--child_eval_batch_size=-1', 'at least 1'),
+    ('search_setup', '--child_epochs=0', 'at least 1'),
+    ('search_setup', '--child_nodes=0', 'at least 1'),
+    ('search_setup', '--child_lr_max=0', 'above 0'),
+    ('search_setup', '--child_lr_min=-1', 'at least 0'),
+    ('search_setup', '--child_keep_prob=0', 'above 0 and at most 1'),
+    ('search_setup', '--controller_lr=-0.1', 'above 0'),
+    ('search_setup', '--controller_epochs=0', 'at least 1'),
+    ('search_setup', '--controller_batch_size=0', 'at least 1'),
+    ('search_setup', '--controller_seed_arch=0', 'at least 1'),
+    ('search_setup', '--controller_new_arch=-3', 'at least 1'),
+    ('search_setup', '--controller_expand=0', 'at least 1'),
+    ('search_setup', '--controller_trade_off=1.2', 'at most 1'),
+    ('search_setup', '--controller_encoder_dropout=1.2', 'at most 1'),
+    ('train_imagenet', '--workers=-1', 'at least 0'),
+    ('train_imagenet', '--workers=x', 'whole number'),
+    ('train_imagenet', '--label_smooth=1.5', 'at most 1'),
+    ('train_imagenet', '--lr=0', 'above 0'),
+    ('train_imagenet', '--decay_period=0', 'at least 1'),
+    ('train_imagenet', '--gamma=0', 'above 0'),
+    ('train_imagenet', '--grad_clip=0', 'above 0'),
+    ('train_imagenet', '--batch_size=1', 'at least 2'),
+]
+
+
+@pytest.mark.parametrize('module, flag, words', BOUNDS)
+def test_numbers_out_of_bounds_are_named_with_their_bounds(module, flag, words, monkeypatch):
+    program = importlib.import_module(module)
+    arch = [] if module == 'search_setup' else ['--fixed_arc=NAONet_B']
+    monkeypatch.setattr(sys, 'argv', ['program.py', *arch, flag])
+    with pytest.raises(UserError) as error:
+        program.parse_args()
+    assert flag.partition('=')[0] in str(error.value) and words in str(error.value)

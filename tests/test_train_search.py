@@ -269,7 +269,9 @@ def test_a_pool_smaller_than_the_new_architectures_asked_for(few, tmp_path):
 
 def test_save_every_keeps_a_checkpoint_per_so_many_epochs(few, tmp_path):
     assert run(PROGRAM, *FLAGS, '--save_every=1', f'--output_dir={tmp_path}', preamble=few).status == 0
-    assert [load(tmp_path / f'checkpoint_{epoch}.pt')['epoch'] for epoch in (1, 2)] == [1, 2]
+    kept = [load(tmp_path / f'checkpoint_{epoch}.pt') for epoch in (1, 2)]
+    assert [state['epoch'] for state in kept] == [1, 2]
+    assert [state['phase'] for state in kept] == ['score', 'score']  # as the epoch left them: new pools do not replace them
 
 
 def test_help_has_every_flag_of_the_specification_with_its_default():
@@ -400,21 +402,6 @@ def test_a_search_goes_on_without_the_pool_file_and_with_larger_batches(few, tmp
     (['--child_eval_epochs=[]'], ['--child_eval_epochs', "'[]'"]),
     (['--child_eval_epochs=[1.5]'], ['--child_eval_epochs', "'[1.5]'"]),
     (['--child_batch_size=0'], ['--child_batch_size', "'0'"]),
-    (['--child_batch_size=1'], ['--child_batch_size', 'at least 2']),
-    (['--child_eval_batch_size=-1'], ['--child_eval_batch_size', 'at least 1']),
-    (['--child_epochs=0'], ['--child_epochs', 'at least 1']),
-    (['--child_nodes=0'], ['--child_nodes', 'at least 1']),
-    (['--child_lr_max=0'], ['--child_lr_max', 'above 0']),
-    (['--child_lr_min=-1'], ['--child_lr_min', 'at least 0']),
-    (['--child_keep_prob=0'], ['--child_keep_prob', 'above 0 and at most 1']),
-    (['--controller_lr=-0.1'], ['--controller_lr', 'above 0']),
-    (['--controller_epochs=0'], ['--controller_epochs', 'at least 1']),
-    (['--controller_batch_size=0'], ['--controller_batch_size', 'at least 1']),
-    (['--controller_seed_arch=0'], ['--controller_seed_arch', 'at least 1']),
-    (['--controller_new_arch=-3'], ['--controller_new_arch', 'at least 1']),
-    (['--controller_expand=0'], ['--controller_expand', 'at least 1']),
-    (['--controller_trade_off=1.2'], ['--controller_trade_off', 'at most 1']),
-    (['--controller_encoder_dropout=1.2'], ['--controller_encoder_dropout', 'at most 1']),
     (['--controller_encoder_hidden_size=8'], ['--controller_encoder_hidden_size', '--controller_decoder_hidden_size']),
     (['--dataset=svhn'], ['--dataset', 'cifar10', 'digits']),
     (['--device=tpu'], ['--device=tpu', 'cpu']),
