@@ -255,7 +255,7 @@ def test_the_scripts_train_from_any_directory_and_go_on(name, rate, data, tmp_pa
         result = script(name, *tiny, f'--epochs={epochs}', cwd=tmp_path)
         assert result.returncode == 0 and 'warning' not in result.stdout, result
     folder = tmp_path / 'exp' / 'NAONet_A_imagenet'
-    assert files(folder) == ['checkpoint.pt', 'checkpoint_best.pt', 'metrics.jsonl', 'train.log']
+    assert files(folder) == ['checkpoint.pt', 'checkpoint_best.pt', 'metrics.jsonl']
     args = load(folder / 'checkpoint.pt')['args']
     assert args['fixed_arc'] == NAONET_A and args['lr'] == pytest.approx(rate) and args['batch_size'] == round(rate * 1280)
     assert (args['l2_reg'], args['label_smooth'], args['gamma'], args['decay_period'], args['grad_clip'], args['use_aux_head'],
@@ -266,7 +266,7 @@ def test_the_scripts_train_from_any_directory_and_go_on(name, rate, data, tmp_pa
 def test_help_explains_every_flag_of_the_specification():
     result = run(PROGRAM, '--help')
     assert result.status == 0
-    for flag, default in (('epochs', 250), ('layers', 4), ('nodes', 5), ('channels', 48), ('lr', 0.1), ('batch_size', 128),
+    for flag, default in (('epochs', 250), ('layers', 4), ('channels', 48), ('lr', 0.1), ('batch_size', 128),
                           ('gamma', 0.97), ('decay_period', 1), ('l2_reg', 3e-05), ('label_smooth', 0.1), ('grad_clip', 5.0),
                           ('keep_prob', 1.0), ('drop_path_keep_prob', 1.0)):
         assert re.search(rf'--{flag}\b[^(]*\(default:\s*{re.escape(str(default))}\)', ' '.join(result.out.split()[30:])), flag

@@ -147,8 +147,8 @@ def controller_epoch(repeats: int, count: int = 600) -> tuple[float, float]:
 
     def fit(epochs: int) -> float:
         start = time.perf_counter()
-        controller.fit(nao, sequences, targets, epochs=epochs, batch_size=100, lr=1e-3, l2_reg=1e-4, trade_off=0.8,
-                       grad_bound=5.0, generator=run.generators['search'], augment=architecture.swap_operands)
+        controller.fit(nao, sequences, targets, controller.Settings(epochs=epochs), run.generators['search'],
+                       augment=architecture.swap_operands)
         return time.perf_counter() - start
     fit(1)
     epochs = 4 * repeats
