@@ -148,6 +148,27 @@ def average_pool(x: Tensor, stride: int, count_include_pad: bool) -> Tensor:
     return _AveragePool.apply(x, stride, count_include_pad)
 
 
+def _slide(x: Tensor, dim: int, stride: int) -> Tensor:
+    """The maximum of each pixel (every stride-th) and its two neighbours along a dimension."""
+    x = x.movedim(dim, 0)
+    middle, right, left = x[::stride], x[1::stride], x[stride - 1:-1:stride]  # the first has none on its left
+    y = torch.empty_like(middle)
+    torch.maximum(middle[:len(right)], right, out=y[:len(right)])
+    y[len(right):] = middle[len(right):]  # the last may have none on its right
+    torch.maximum(y[1:], left, out=y[1:])
+    return y.movedim(0, dim)
+
+
+def max_pool(x: Tensor, stride: int) -> Tensor:
+    """F.max_pool2d of 3×3 pixels with a padding of 1: (batch, channels, h, w) -> (batch, channels, h / stride, ...).
+
+    Where nobody asks for the gradient, for which the place of each maximum is needed: by rows, then by columns.
+    """
+    if (x.requires_grad and torch.is_grad_enabled()) or not on_plain_cpu(x):
+        return F.max_pool2d(x, 3, stride, 1)
+    return _slide(_slide(x, 2, stride), 3, stride)
+
+
 class _GroupedBatchNorm(torch.autograd.Function):
     """Batch-norm by the batch's statistics; `group` pixels side by side are taken as one of group·channels channels.
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import average_pool, batch_norm, depthwise_conv, factorized_reduce, pointwise_conv
+from kernels import average_pool, batch_norm, depthwise_conv, factorized_reduce, max_pool, pointwise_conv
 
 
 class State:
@@ -92,6 +92,14 @@ class AvgPool2d(nn.AvgPool2d):
         if (self.kernel_size, self.padding) == (3, 1):
             return average_pool(x, self.stride, self.count_include_pad)
         return super().forward(x)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """Max pooling; see `max_pool` for that of 3×3 pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, h, w) -> (batch, channels, h / stride, w / stride)."""
+        return max_pool(x, self.stride) if (self.kernel_size, self.padding) == (3, 1) else super().forward(x)
 
 
 class SepConv(nn.Module):
@@ -203,16 +211,16 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation('separable conv 3x3', _sep_conv(3), 3),
     Operation('separable conv 5x5', _sep_conv(5), 5),
     Operation('average pool 3x3', _pool(AvgPool2d, 3, count_include_pad=False), 3),
-    Operation('max pool 3x3', _pool(nn.MaxPool2d, 3), 3),
+    Operation('max pool 3x3', _pool(MaxPool2d, 3), 3),
     Operation('identity', _identity, 0),
     Operation('identity', _identity, 0),
     Operation('conv 1x1', _conv(1), 1),
     Operation('conv 3x3', _conv(3), 3),
     Operation('conv 1x3, 3x1', _conv(3, pair=True), 3),
     Operation('conv 1x7, 7x1', _conv(7, pair=True), 7),
-    Operation('max pool 2x2', _pool(nn.MaxPool2d, 2), 2),
-    Operation('max pool 3x3', _pool(nn.MaxPool2d, 3), 3),
-    Operation('max pool 5x5', _pool(nn.MaxPool2d, 5), 5),
+    Operation('max pool 2x2', _pool(MaxPool2d, 2), 2),
+    Operation('max pool 3x3', _pool(MaxPool2d, 3), 3),
+    Operation('max pool 5x5', _pool(MaxPool2d, 5), 5),
     Operation('average pool 2x2', _pool(AvgPool2d, 2), 2),
     Operation('average pool 3x3', _pool(AvgPool2d, 3), 3),
     Operation('average pool 5x5', _pool(AvgPool2d, 5), 5),

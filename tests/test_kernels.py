@@ -45,6 +45,20 @@ def test_an_average_pool(batch, channels, height, width, stride, count_include_p
     assert_same(mine, F.avg_pool2d(x, 3, stride, 1, count_include_pad=count_include_pad), [x])
 
 
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 2]),
+       st.sampled_from([torch.contiguous_format, torch.channels_last]), st.sampled_from([torch.float32, torch.float64]))
+def test_a_max_pool(batch, channels, height, width, stride, layout, dtype):
+    x = normal(batch, channels, height, width, layout=layout).detach().to(dtype)
+    x[0, 0, height // 2, width // 2] = torch.nan  # which a maximum must not hide
+    mine = kernels.max_pool(x, stride)
+    torch.testing.assert_close(mine, F.max_pool2d(x, 3, stride, 1), rtol=0, atol=0, equal_nan=True)
+    assert mine.is_contiguous(memory_format=layout)
+    x.requires_grad_()
+    torch.testing.assert_close(kernels.max_pool(x, stride), mine, rtol=0, atol=0, equal_nan=True)
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.max_pool(x, stride), mine, rtol=0, atol=0, equal_nan=True)
+
+
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(2, 9), st.integers(2, 9), st.sampled_from([1, 2]), st.booleans(),
        st.sampled_from([torch.contiguous_format, torch.channels_last]))
 def test_convolutions_and_pools_in_single_precision(batch, channels, height, width, stride, count_include_pad, layout):
