@@ -189,6 +189,6 @@ def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
             dist.destroy_process_group()
         return
     sys.stdout.flush()
-    beginning = '\r\x1b[K' if sys.stderr.isatty() else ''  # over a live line, see utils.LiveLine
+    beginning = '\r\x1b[K' if sys.stderr.isatty() else ''  # over a live line, see progress.LiveLine
     print(f'{beginning}{rank_prefix()}{Path(sys.argv[0]).name}: {" ".join(line.split())}', file=sys.stderr, flush=True)
     sys.exit(status)
