@@ -258,8 +258,8 @@ class Search:
                           'larger --controller_top or longer fits write others')
         self.run.write_metrics(kind='new', epoch=self.number(), new=len(lines), per_lambda=notes.get('written per λ', {}))
         born = max(self.born) + 1
-        self.rounds.append([self.number(), born])
         self.replace([architecture.parse(line) for line in lines])
+        self.rounds.append([self.number(), born])
         self.born = self.born + list(range(born, born + len(lines)))
         self.write_pool('', self.pool)
 

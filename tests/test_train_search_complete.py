@@ -101,7 +101,9 @@ def test_a_search_of_twelve_candidates_and_two_rounds(searched):
         assert lines(folder, f'{name}.final') == lines(folder, name)[:2]
     assert [line['kind'] for line in metrics(folder)] == ['score', 'controller', 'new'] * 2 + ['score', 'rank', 'rank']
     assert re.search(r'candidate 12/12 epoch 2/2 train loss .* \| valid loss', result.out)
-    assert 'finished: the best architecture is' in result.out
+    proposed = set(lines(folder, 'arch_pool.final')) - set(lines(folder, 'arch_pool.0'))
+    assert f'finished: the best architecture is {lines(folder, "arch_pool.final")[0]};' in result.out
+    assert f'{len(proposed)} of these 2 were proposed in the search (rounds ' in result.out
 
 
 def test_a_finished_search_started_again_changes_nothing(searched, few):
