@@ -67,7 +67,7 @@ def add(group: Any, name: str, help: str, default: Any = None, **options: Any) -
     kind = getattr(options.get('type'), 'kind', None)
     if 'choices' not in options and 'action' not in options:
         options.setdefault('metavar', {int: 'N', float: 'X'}.get(kind, 'TEXT'))
-    if default not in (None, False) or options.get('action') is argparse.BooleanOptionalAction:
+    if (default is not None and default is not False) or options.get('action') is argparse.BooleanOptionalAction:
         help += ' (default: %(default)s)'
     group.add_argument(f'--{name}', default=default, help=help, **options)
 
@@ -179,6 +179,9 @@ def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
         if not (reason := known_end(error)):
             raise
         status, line = 1, f'stopped: {reason}' + '; the same command goes on from the last checkpoint' * goes_on
+    except BrokenPipeError:  # such as `| head`
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 - what is left would raise again at the end
+        status, line = 1, 'stopped: whoever read the output is gone'
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
