@@ -31,7 +31,7 @@ SEARCH = ['--dataset=digits', '--device=cpu', '--child_layers=1', '--child_nodes
 
 def train_on_a_terminal(directory):
     """Train in a process whose output is a terminal and return what that shows."""
-    code = ('import progress, runpy, sys; progress.LIVE_EVERY = 0.01; sys.argv = sys.argv[1:]; '
+    code = ('import progress, runpy, sys; progress.LIVE_EVERY = 0; sys.argv = sys.argv[1:]; '
             'runpy.run_path(sys.argv[0], run_name="__main__")')
     master, terminal = pty.openpty()
     command = [sys.executable, '-c', code, 'train_cifar.py', *FIXED, '--epochs=1', f'--output_dir={directory}']
