@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of docs/study.md, from real images to its figures: searches by the controller, by chance and by evolution.
+# The searches of docs/study.md, part 1, on real images: by the controller, by chance and by evolution.
 #   bash tools/study.sh DIR     DIR: train.zip and valid.zip, CIFAR-10 in class folders; goes on where it was stopped
 # OUT (default exp/study) gets the runs; small results that exist in KEPT (docs/study) are not made again.
 # shellcheck source=tools/common.sh
