@@ -130,7 +130,7 @@ def add_run_flags(parser: Parser, output_dir: str, data: str = 'data') -> None:
         'goes on from it', output_dir, metavar='DIR', type=directory)
     add(group, 'device', 'cpu, cuda, cuda:N or mps (default: CUDA if there is a GPU, else MPS, else the CPU)', metavar='NAME')
     add(group, 'threads', 'of PyTorch on the CPU; 1 on a machine that others use too (default: a thread for each core)',
-        type=POSITIVE_INT)
+        type=number(int, 1, 1024))
     add(group, 'seed', 'of all random draws', 0, type=SEED)
     add(group, 'amp', 'mixed precision; off: float32 throughout', 'off', choices=['off', 'bf16', 'fp16'])
     add(group, 'tf32', 'let NVIDIA GPUs round the factors of float32 products to TF32', False, action='store_true')

@@ -64,6 +64,7 @@ def test_a_device_that_cannot_be_used_is_a_users_error(name):
 # ----------------------------------------------------------------------------------------------------- the programs' numbers
 
 BOUNDS = [
+    ('train_cifar', '--threads=1000000000', 'at most 1,024'),
     ('train_cifar', '--batch_size=1', 'at least 2'),
     ('train_cifar', '--eval_batch_size=0', 'at least 1'),
     ('train_cifar', '--epochs=0', 'at least 1'),
