@@ -1,4 +1,5 @@
 import contextlib
+import os
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ import kernels
 
 with contextlib.suppress(ValueError):  # started in the background by a shell, we would hand down a Ctrl-C that is ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run side by side, one a core, and so do the programs that they start
 torch.set_num_threads(1)
 settings.register_profile('suite', deadline=None, max_examples=60, suppress_health_check=[
     HealthCheck.too_slow, HealthCheck.function_scoped_fixture])  # what fixtures set up holds for all examples

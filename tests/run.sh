@@ -8,5 +8,4 @@ install requirements.txt requirements-dev.txt requirements-tools.txt
 cd "$root"
 python -m ruff check .
 if type -P shellcheck >/dev/null; then shellcheck -x ./*.sh tests/*.sh tools/*.sh .ci/run; else echo 'shellcheck is not installed: scripts not checked'; fi
-export OMP_NUM_THREADS=1  # the tests run side by side, one a core
 python -m pytest "$@"
