@@ -452,7 +452,8 @@ class CompleteSearch(Search):
     def log_start(self) -> None:
         """Log the sizes of the first candidate, arguments and the cost to come."""
         args, run, size = self.args, self.run, self.task.image_size
-        network = run.place(search_setup.candidate_recipe(args, self.task).build(self.an_architecture(), 1))
+        with torch.random.fork_rng(devices=[]):  # a resumed search goes on with the generators as they were saved
+            network = run.place(search_setup.candidate_recipe(args, self.task).build(self.an_architecture(), 1))
         training.log_start(run, self.task.train_batches(run), self.task.valid_batches(run), network,
                            records=self.phase != 'done')
         if self.phase == 'done':

@@ -217,9 +217,9 @@ def test_a_process_that_trains_for_long_is_waited_for(few, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize('moment', [
-    ('an epoch', 6, True), ('a candidate', 12, True), ('a candidate', 24, True),
+    ('an epoch', 6, True), ('a fit', 1, True), ('a candidate', 24, True),
     *(pytest.param(moment, marks=pytest.mark.slow) for moment in (
-        ('an epoch', 1, False), ('a candidate', 5, True), ('a fit', 1, True), ('a candidate', 14, False)))])
+        ('an epoch', 1, False), ('a candidate', 5, True), ('a candidate', 12, True), ('a candidate', 14, False)))])
 def test_a_killed_search_trains_no_finished_candidate_again_and_ends_bit_identical(moment, searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     if moment == ('a candidate', 24, True):  # the last but one or so, whatever the controller found
