@@ -36,6 +36,15 @@ def test_searches_are_compared_where_all_of_them_are(tmp_path):
     assert 8 <= difference['interval'][0] < 9 < difference['interval'][1] <= 10
 
 
+def test_searches_are_compared_where_the_user_says_without_what_was_not_trained_again(tmp_path):
+    for name in 'ab':
+        run = candidates(tmp_path / name, 0.1, 0.3, 0.4, seed=0)
+        with open(run / 'metrics.jsonl', 'a') as file:
+            file.write(json.dumps({'kind': 'rank', 'index': 0, 'accuracy': 0.4, 'arch': '', 'seconds': 9}) + '\n')
+    found = numbers(tmp_path, f'a={tmp_path}/a', f'b={tmp_path}/b', '--at=2')
+    assert found['at'] == 2 and found['groups']['a']['values'] == {'best after 2': [30, None]}
+
+
 def test_results_of_several_processes_are_in_the_order_of_their_ends(tmp_path):
     candidates(tmp_path, 0.1, 0.2, process=0)
     candidates(tmp_path, 0.3, 0.4, process=1)
@@ -52,6 +61,10 @@ def test_what_another_search_had_trained_comes_first(tmp_path):
     state = torch.load(run / 'checkpoint.pt')
     torch.save(state | {'pool': pool[:2]}, run / 'checkpoint.pt')  # it has not proposed the third one
     assert numbers(tmp_path, f'a={run}')['groups']['a']['runs'][0]['y'] == pytest.approx([50, 60, 60, 70])
+    (run / 'checkpoint.pt').unlink()  # where only small files were kept
+    with open(run / 'metrics.jsonl', 'a') as file:
+        file.write(json.dumps({'kind': 'start', 'args': state['args'], 'seconds': 9}) + '\n')
+    assert numbers(tmp_path, f'a={run}')['groups']['a']['runs'][0]['y'] == pytest.approx([50, 60, 90, 90, 90])
     shared.unlink()
     assert 'shared/results.3.jsonl cannot be read' in mistake('tools/compare.py', f'a={run}')
 

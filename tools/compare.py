@@ -65,9 +65,9 @@ def given(run: RunFiles) -> list[tuple[float, str, float]]:
         records = read_records(Path(path), RESULTS)
     except OSError as error:
         raise flags.UserError(f'{run.path}: its --child_results={path} cannot be read ({error.strerror})') from None
-    pool = set(run.checkpoint.get('pool', ()))
+    pool = run.checkpoint.get('pool')  # unknown where the checkpoint was not kept
     return [(0.0, record['arch'], record['accuracy']) for record in records
-            if record['kind'] == 'candidate' and record['arch'] in pool]
+            if record['kind'] == 'candidate' and (pool is None or record['arch'] in pool)]
 
 
 def evaluations(run: RunFiles) -> tuple[list[float], float]:
@@ -112,7 +112,8 @@ def member(run: RunFiles) -> Member:
     else:
         unit, x, y = 'epoch', *zip(*(
             (record['epoch'], runs.evaluation(record)['top1']) for record in run.records('epoch')), strict=True)
-    final = [100 * record['accuracy'] for record in run.lines if record['kind'] == 'rank'] + [
+    # A search whose candidates were trained on their own ranks them by that: nothing is trained once more.
+    final = [100 * record['accuracy'] for record in run.lines if record['kind'] == 'rank' and not accuracies] + [
         record['test']['top1'] for record in run.lines if record['kind'] == 'final']
     return Member(run.path, flag_of(run, 'seed'), unit, np.array(x), np.array(y, float), max(final, default=None),
                   max(run.seconds or 0, seconds) / 3600)
@@ -180,10 +181,10 @@ def compare(one: list[Member], other: list[Member], value: Any) -> dict[str, Any
             'p': permutation_p(differences)}
 
 
-def report(groups: dict[str, list[Member]]) -> dict[str, Any]:
-    """All numbers, as --json writes them."""
+def report(groups: dict[str, list[Member]], at: int | None = None) -> dict[str, Any]:
+    """All numbers, as --json writes them; `at`: where to compare, None: as far as all runs are."""
     members = [member for group in groups.values() for member in group]
-    at = min(int(member.x[-1]) for member in members)
+    at = at or min(int(member.x[-1]) for member in members)
     now, final = (f'accuracy after epoch {at}', runs.TEST_ONCE) if members[0].unit == 'epoch' else (
         f'best after {at}', 'best, trained from scratch')
     what = {now: lambda member: member.at(at), final: lambda member: member.final}
@@ -271,6 +272,8 @@ def main() -> None:
     parser = flags.Parser('Compare groups of searches, or of trainings, that differ in their seeds.', 'GROUP=GLOB ...')
     parser.add_argument('groups', metavar='GROUP=GLOB', nargs='+', help='a name, and output directories of runs, in quotes: '
                         "best='exp/best/seed*'")
+    parser.add_argument('--at', type=flags.POSITIVE_INT, metavar='N', help='compare after so many architectures, or epochs '
+                        '(default: as many as all runs have)')
     parser.add_argument('-o', '--output', type=Path, metavar='FILE', help='a figure to draw: FILE.png, FILE.svg or FILE.pdf')
     parser.add_argument('--json', type=Path, metavar='FILE', help='where to write all numbers, the curves too')
     args = parser.parse_args()
@@ -278,7 +281,7 @@ def main() -> None:
     form = runs.format_of(args.output) if args.output else ''
     groups = read_groups(args.groups, mistakes)
     if groups:
-        found = report(groups)
+        found = report(groups, args.at)
         print(tables(found), flush=True)
         if args.json:
             runs.write(args.json, json.dumps(found) + '\n')

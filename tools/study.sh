@@ -1,39 +1,96 @@
 #!/usr/bin/env bash
-# The searches of docs/study.md, part 1, on real images: by the controller, by chance and by evolution.
-#   bash tools/study.sh DIR     DIR: train.zip and valid.zip, CIFAR-10 in class folders; goes on where it was stopped
-# OUT (default exp/study) gets the runs; small results that exist in KEPT (docs/study) are not made again.
+# Makes the study of docs/study.md again, on real images.
+#   bash tools/study.sh DIR [JOB...]   DIR: train.zip and valid.zip, CIFAR-10 in class folders. Without a JOB all of them, in
+#                                      JOBS (2) processes of one thread; it goes on where it was stopped
+# A job is one of the lines of `everything`, such as "propose 0 random". Runs go to OUT (exp/study), what is small and
+# finished to docs/study, and is not made again where it is there.
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 data=${1:?DIR is missing: the directory of train.zip and valid.zip}
+shift
 OUT=${OUT:-exp/study}
-KEPT=${KEPT:-$root/docs/study}
-SEEDS=${SEEDS:-"0 1 2 3 4 5"}
-export OMP_NUM_THREADS=1
+KEPT=docs/study
+cd "$root"
+export OMP_NUM_THREADS=1 OUT
 
-proxy=(--dataset=folder --zip_file --data="$data" --image_size=16 --device=cpu --child_layers=1 --child_channels=8 --child_nodes=5
-  --child_batch_size=64 --child_drop_path_keep_prob=1.0 --child_l2_reg=3e-4 --no-child_use_aux_head --train_images=5000
-  --valid_images=5000 --child_epochs=4 --child_lr_epochs=4 --child_lr_max=0.1 --child_lr_min=0.001 --child_eval_batch_size=500)
+images=(--dataset=folder --zip_file --data="$data" --image_size=16 --device=cpu --train_images=5000)
+child=("${images[@]}" --valid_images=5000 --search_space=small --child_layers=1 --child_channels=8 --child_nodes=5
+  --child_batch_size=64 --child_drop_path_keep_prob=1.0 --child_l2_reg=3e-4 --child_lr_max=0.1 --child_lr_min=0.001)
+# An architecture on its own: the cosine reaches its end in the last of the 4 epochs.
+alone=(--method=NAO "${child[@]}" --no-child_use_aux_head --child_epochs=4 --child_lr_epochs=3 --child_eval_batch_size=500)
+supernet=(--method=NAO-WS "${child[@]}" --child_epochs=60 --child_eval_batch_size=5000 --child_rank_count=0)
+final=(--layers=1 --channels=8 --nodes=5 --batch_size=64 --no-use_aux_head --drop_path_keep_prob=1.0 --l2_reg=3e-4
+  --lr_max=0.1 --lr_min=0.001 --epochs=16 --cutout_size=0 --holdout=1000)
 
-# complete SEED PROPOSER: one search of 120 trainings, the first 40 of which all proposers share.
-complete() {
-  local seed=$1 proposer=$2 out=$OUT/complete/$2/seed$1 known=$KEPT/complete/seed$1.jsonl
-  mkdir -p "$out" "$KEPT/complete"
-  touch "$known"
-  sort -u "$known" > "$out.known"
-  OUTPUT_DIR=$out run train_search.py --method=NAO --search_space=small "${proxy[@]}" --seed="$seed" --proposer="$proposer" \
-    --controller_preset=best --controller_seed_arch=40 --controller_new_arch=10 --rounds=8 --child_results="$out.known" \
-    >> "$out.log" 2>&1
-  cat "$out"/results.*.jsonl >> "$known"  # one writer a seed: its proposers run one after the other
-  sort -u -o "$known" "$known"
-  for file in arch_pool arch_pool.perf; do cp "$out/$file" "$KEPT/complete/seed$seed.$proposer.$file"; done
+# search NAME FLAG...: one search in $OUT/NAME, whose small files go to $KEPT/NAME when it has ended.
+search() {
+  local name=$1
+  shift
+  [ ! -e "$KEPT/$name/arch_pool" ] || return 0
+  OUTPUT_DIR=$OUT/$name run train_search.py "$@" > /dev/null
+  mkdir -p "$KEPT/$name"
+  for file in metrics.jsonl results.0.jsonl arch_pool.perf arch_pool; do
+    [ ! -e "$OUT/$name/$file" ] || cp "$OUT/$name/$file" "$KEPT/$name/"
+  done
 }
 
-lane() { for seed in "$@"; do for proposer in random controller evolution; do complete "$seed" "$proposer"; done; done; }
+# train NAME SEED ARCHITECTURE: a final training in $OUT/NAME, tested once; its metrics go to $KEPT/NAME.
+train() {
+  [ ! -e "$KEPT/$1/metrics.jsonl" ] || return 0
+  OUTPUT_DIR=$OUT/$1 run train_cifar.py "${images[@]}" "${final[@]}" --seed="$2" --fixed_arc="$3" > /dev/null
+  mkdir -p "$KEPT/$1"
+  cp "$OUT/$1/metrics.jsonl" "$KEPT/$1/"
+}
 
-read -ra seeds <<< "$SEEDS"
-for first in 0 1; do
-  mine=()
-  for ((i = first; i < ${#seeds[@]}; i += 2)); do mine+=("${seeds[i]}"); done
-  lane "${mine[@]}" &
-done
-wait
+# trained SEED: the 40 random architectures of a seed.
+trained() { grep -o '"arch": "[^"]*' "$KEPT/initial/seed$1/results.0.jsonl" | cut -d'"' -f4; }
+
+# Part 1. The 40 architectures that all searches of a seed begin with; a search of 80 more; the best one of a search, 3 times.
+initial() { search "initial/seed$1" "${alone[@]}" --seed="$1" --controller_seed_arch=40 --rounds=0; }
+propose() {
+  search "$2/seed$1" "${alone[@]}" --seed="$1" --controller_seed_arch=40 --controller_new_arch=10 --rounds=8 \
+    --proposer="$2" --controller_preset=best --child_results="$KEPT/initial/seed$1/results.0.jsonl"
+}
+best() {
+  local number arch
+  arch=$(head -1 "$KEPT/$2/seed$1/arch_pool")
+  for number in 0 1 2; do train "final/$2/seed$((10 * $1 + number))" $((1000 + 10 * $1 + number)) "$arch"; done
+}
+
+# Part 2. 60 random architectures trained on their own with two seeds, and scored by three supernets.
+sixty() {
+  [ -s "$KEPT/sixty" ] || { trained 0 && trained 1 | head -20; } > "$KEPT/sixty"
+}
+twice() { sixty && search "twice/seed$1" "${alone[@]}" --seed=$((200 + $1)) --child_arch_pool="$KEPT/sixty" --rounds=0; }
+score() { sixty && search "supernet/seed$1" "${supernet[@]}" --seed="$1" --child_arch_pool="$KEPT/sixty" --child_eval_epochs=60; }
+
+# Part 3. NAO-WS from 100 architectures; its best five and the five first random ones, trained alike.
+shared() {
+  search "shared/seed$1" "${supernet[@]}" --seed=$((300 + $1)) --controller_preset=best --controller_seed_arch=100 \
+    --controller_new_arch=30 --child_eval_epochs=10
+}
+five() {
+  local number arch
+  for number in 1 2 3 4 5; do
+    if [ "$2" = found ]; then arch=$(sed -n "${number}p" "$KEPT/shared/seed$1/arch_pool")
+    else arch=$(trained "$1" | sed -n "${number}p"); fi
+    train "five/$2/seed$((10 * $1 + number))" $((3000 + 10 * $1 + number)) "$arch"
+  done
+}
+
+everything() {
+  local seed proposer
+  for seed in 0 1 2 3 4 5; do echo "initial $seed"; done
+  for seed in 0 1 2 3 4 5; do for proposer in random controller evolution; do echo "propose $seed $proposer"; done; done
+  for seed in 0 1; do echo "twice $seed"; done
+  for seed in 0 1 2; do echo "score $seed"; done
+  for seed in 0 1 2; do echo "shared $seed"; done
+  for seed in 0 1 2 3 4 5; do for proposer in random controller evolution; do echo "best $seed $proposer"; done; done
+  for seed in 0 1 2; do for pool in found random; do echo "five $seed $pool"; done; done
+}
+
+if [ $# -gt 0 ]; then
+  "$@"
+else
+  everything | xargs -P "${JOBS:-2}" -L 1 bash tools/study.sh "$data"
+fi
