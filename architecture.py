@@ -117,6 +117,9 @@ def read(arch: str, index: int = 0, nodes: int | None = None) -> Architecture:
     one_word = len(words) == 1 and not words[0].lstrip('+-').isdigit()
     if not (one_word or os.sep in arch or os.path.exists(arch)):
         return parse(arch, nodes)
+    if not (os.sep in arch or os.path.exists(arch)):
+        raise ArchitectureError(f'{arch}: is no arch_pool file and none of the names {", ".join(PUBLISHED)}; or give a line of '
+                                'integers, with spaces between them')
     pool = read_pool(arch, nodes)
     if not 0 <= index < len(pool):
         raise ArchitectureError(f'--arc_index={index}, but {arch} has the architectures 0..{len(pool) - 1}')

@@ -5,8 +5,11 @@ A checkpoint is a dict with 'args' and 'model' at least; what else a program nee
 
 import argparse
 import pickle
+import textwrap
 import warnings
 import zipfile
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ from flags import UserError
 
 NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'), np.dtype,
                 type(np.dtype(np.float64)), type(np.dtype(np.float32))]  # what a pickled one, such as an accuracy, needs
+
+# Flags by which a run is another one; what is changed beside these goes on as the same run.
+ANOTHER_RUN = ('seed', 'dataset', 'method', 'search_space', 'proposer', 'train_images', 'valid_images', 'holdout')
 
 
 def save(state: dict[str, Any], *paths: Path) -> None:
@@ -82,11 +88,28 @@ def require(state: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], pa
 
 def same_run(state: dict[str, Any], args: argparse.Namespace, path: str | Path) -> None:
     """Raise UserError if a checkpoint is of a run that differs in what makes it another one, not the same one changed."""
-    for name in ('seed', 'dataset', 'method', 'search_space'):
-        was, now = state['args'].get(name), getattr(args, name, None)
-        if None not in (was, now) and was != now:
-            raise UserError(f'{path}: is of a run with --{name}={was}, not {now}; give that to go on with it, or name another '
+    for name in ANOTHER_RUN:
+        now = getattr(args, name, None)
+        was = state['args'].get(name, now)
+        if was != now:
+            had, wanted = (f'--{name}={value}' if value is not None else f'no --{name}' for value in (was, now))
+            raise UserError(f'{path}: is of a run with {had}, not {wanted}; give that to go on with it, or name another '
                             '--output_dir')
+
+
+def same_classes(state: dict[str, Any], classes: Sequence[str], path: str | Path) -> None:
+    """Raise UserError if a checkpoint, where it names its classes, was trained on others or in another order."""
+    for index, (was, now) in enumerate(zip_longest(state.get('classes') or classes, classes)):
+        if was != now:
+            raise UserError(f'{path}: was trained on other images: its class {index} is {was}, that of these is {now}; give '
+                            'its --data, or name another --output_dir')
+
+
+def same_architecture(state: dict[str, Any], arch: Any, path: str | Path) -> None:
+    """Raise UserError if a checkpoint, where it has its architecture, is of another one."""
+    if state.get('arch', str(arch)) != str(arch):
+        raise UserError(f'{path}: is of another architecture, {state["arch"]}, not {arch}; give the --fixed_arc it was trained '
+                        'with (of a script: fixed_arc=...)')
 
 
 def architecture_of(state: dict[str, Any]) -> str | None:
@@ -112,8 +135,8 @@ def fill_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path,
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # its first line names the class, each further one what differs
-        difference = ' '.join(str(error).splitlines()[1].split())
-        raise UserError(f'{path}: is of another architecture or size ({difference[:160].rstrip(".")}); give the {flags} it was '
+        difference = textwrap.shorten(str(error).splitlines()[1].rstrip('.'), 120, placeholder=' ...')
+        raise UserError(f'{path}: is of another architecture or size ({difference}); give the {flags} it was '
                         'trained with') from None
 
 

@@ -63,9 +63,12 @@ def find_images(root: Path, parts: Sequence[str], zipped: bool) -> tuple[Path, l
     places = [root / (f'{part}.zip' if zipped else part) for part in parts]
     place = next((place for place in places if os.path.exists(place)), None)
     if place is None:
+        if not os.path.isdir(root):
+            raise UserError(f'--data={root}: there is no such folder; give the one that has {places[0].name}')
         kind = 'a zip' if zipped else 'a folder'
+        other = not zipped and any((root / f'{part}.zip').exists() for part in parts)
         raise UserError(f'--data={root}: there is no {" or ".join(place.name for place in places)}; {kind} of images in '
-                        'class folders is needed there')
+                        'class folders is needed there' + ('; for the zips in it give --zip_file' if other else ''))
     try:
         names = _in_zip(place) if zipped else list(_walk(str(place)))
     except OSError as error:

@@ -20,12 +20,15 @@ run train_cifar.py --dataset=digits --fixed_arc="$found" --layers=1 --channels=8
   --lr_max=0.1 --keep_prob=0.9 --drop_path_keep_prob=0.95
 run train_cifar.py --dataset=digits --mode=test
 
-accuracy=$(sed -n 's/.*checkpoint_best.pt: .*top-1 error \([0-9.]*\) %.*/\1/p' "$OUTPUT_DIR/train.log" | tail -n 1)
+# last, best: the errors in per cent that the training ended with
+read -r best last <<< "$(sed -n 's/.*finished: best test top-1 error \([0-9.]*\) %, that of the last epoch \([0-9.]*\) %.*/\1 \2/p' \
+  "$OUTPUT_DIR/train.log" | tail -n 1)"
+right() { awk "BEGIN { print 100 - $1 }"; }
 cat <<END
 
 Found the architecture   $(head -n 1 "$found")
 Of the ranked ones       $(sed -n 's/.*best first; \(.*the start\)).*/\1/p' "$base/search/train.log" | tail -n 1))
-Its test accuracy        $(awk "BEGIN { print 100 - $accuracy }") % on the digits
+Its test accuracy        $(right "$last") % on the digits after the last epoch; $(right "$best") % the best of 10 epochs, chosen on the test images
 The search               $base/search: train.log, metrics.jsonl, arch_pool.final
 The trained network      $base/train: train.log, metrics.jsonl, checkpoint_best.pt
 END

@@ -70,6 +70,7 @@ class Search:
     has_work = True  # whether, after new architectures were asked for, anything is left to be measured
     fields: Mapping[str, type] = {'phase': str, 'accuracies': list, 'fits': int}  # in a checkpoint beside networks and pool
     extent: str  # the flag that says how long the search goes on
+    unit: str  # what it counts, for the log
 
     def __init__(self, args: argparse.Namespace, run: Run):
         self.args, self.run = args, run
@@ -109,7 +110,7 @@ class Search:
             came = [max(number for number, first in self.rounds if first <= each) for each in born]
             self.run.log(f'finished: the best architecture is {final[0]}; the ranked ones are in '
                          f'{self.run.output_dir / "arch_pool.final"}, best first; {sum(map(bool, came))} of these '
-                         f'{len(final)} were proposed in the search (rounds {", ".join(map(str, came))}; 0: the start)')
+                         f'{len(final)} were proposed in the search ({self.unit} {", ".join(map(str, came))}; 0: the start)')
         else:
             self.run.log(f'finished: none was trained from scratch to be ranked; the best by its score is {self.pool[0]}, the '
                          f'first of {self.run.output_dir / "arch_pool"}')
@@ -283,7 +284,7 @@ class WeightSharingSearch(Search):
 
     phases = ('train', 'score', 'fit', 'propose', 'rank')
     fields = Search.fields | {'epoch': int, 'step': int}
-    extent = 'child_epochs'
+    extent, unit = 'child_epochs', 'after epochs'
 
     def __init__(self, args: argparse.Namespace, run: Run):
         super().__init__(args, run)
@@ -406,7 +407,7 @@ class CompleteSearch(Search):
 
     phases = ('evaluate', 'fit', 'propose', 'rank')
     fields = Search.fields | {'round': int}
-    extent = 'rounds'
+    extent, unit = 'rounds', 'rounds'
     trains_best = False
 
     def __init__(self, args: argparse.Namespace, run: Run):

@@ -254,6 +254,8 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
         checkpoint.require(state, {'epoch': int, 'optimizer': dict, 'best_acc_top1': NUMBER}, path,
                            'test it by --mode=test --checkpoint, or ')
         checkpoint.same_run(state, run.args, path)
+        checkpoint.same_architecture(state, model.arch, path)
+        checkpoint.same_classes(state, eval_batches.classes, path)
         checkpoint.fill_model(model, state['model'], path)
         checkpoint.fill_optimizer(optimizer, state['optimizer'], path)
     run.open_output(anew=state is None)
@@ -274,6 +276,8 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
             (f'checkpoint_{epoch.done}.pt', save_every), ('checkpoint_best.pt', is_best), ('checkpoint.pt', True)) if due]
         run.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch.done, 'step': epoch.step,
                   'best_acc_top1': best, 'last_acc_top1': last, 'arch': str(model.arch), **more}, *paths)
+    if first >= options['epochs']:
+        run.log(f'nothing is left to train: {first} epochs are done, --epochs={options["epochs"]}')
     run.log(f'finished: best {split} top-1 error {100 - best:.2f} %, that of the last epoch {100 - last:.2f} %, checkpoints in '
             f'{run.output_dir}')
     if test_batches:
@@ -296,6 +300,7 @@ def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Ite
     path, state = tested(run.args)
     weights = state['model']
     model = run.place(build(any(name.startswith('auxiliary_head.') for name in weights)))
+    checkpoint.same_architecture(state, model.arch, path)
     checkpoint.fill_model(model, weights, path)
     values = evaluate(run, model, eval_batches)
     run.open_log()
@@ -314,6 +319,8 @@ def log_start(run: Run, train_batches: Iterable, eval_batches: Iterable, model: 
     run.log(run.environment())
     run.log(f'images {train_batches.count:,} to train, {eval_batches.count:,} to evaluate, {len(eval_batches.classes)} '
             f'classes, {eval_batches.size}×{eval_batches.size} pixels')
+    if len(eval_batches.classes) == 1:
+        run.warn(f'all images are of one class, {eval_batches.classes[0]}: nothing can be learnt from them')
     run.log(f'parameters {parameters:,} (without the auxiliary head), multiply-adds of one image {madds:,}')
     run.log('arguments ' + ' '.join(f'--{name}={args[name]}' for name in changed) + ' and by default ' + ' '.join(
         f'--{name}={value}' for name, value in args.items() if name not in changed))

@@ -149,7 +149,7 @@ def test_a_file_that_is_no_pool_is_named_in_one_line(content, tmp_path):
         assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize('name', ['nothing', 'no/such/file', '.'])
+@pytest.mark.parametrize('name', ['no/such/file', '.'])
 def test_a_path_that_cannot_be_read_is_named_with_the_reason(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArchitectureError, match=rf'^{re.escape(name)}: cannot be read \(.+\); an arch_pool file is needed'):
@@ -284,3 +284,8 @@ def test_the_supernet_accepts_every_way_to_write_an_architecture(float64):
     images = inputs([2, 3, 16, 16], 0)
     one, other = model(images, arch)[0], model(images, ([*arch.normal], [*arch.reduction]))[0]
     assert torch.equal(one, other)
+
+
+def test_a_word_that_names_nothing_is_answered_by_what_could_be_meant():
+    with pytest.raises(ArchitectureError, match=r'^NAONet_C: is no arch_pool file and none of the names NAONet_A, NAONet_B'):
+        read('NAONet_C')

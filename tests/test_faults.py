@@ -230,11 +230,19 @@ def test_hyper_parameters_of_a_resumed_run_are_the_new_commands():
     assert optimizer.param_groups[0]['weight_decay'] == 0.2
 
 
-@pytest.mark.parametrize('flag', ['--seed=4', '--dataset=cifar10'])
-def test_another_seed_or_data_set_does_not_go_on_from_a_checkpoint(flag, trained, few):
+@pytest.mark.parametrize('flag', ['--seed=4', '--dataset=cifar10', '--holdout=20', '--train_images=50'])
+def test_another_seed_or_data_set_or_part_of_it_does_not_go_on_from_a_checkpoint(flag, trained, few):
     result = run(*TRAIN, flag, f'--output_dir={trained}', preamble=few + 'import datasets\ndatasets.SOURCES["cifar10"] = '
                  'datasets.SOURCES["digits"]\n')
-    assert_user_error(result, 'is of a run with --', 'name another --output_dir')
+    assert_user_error(result, 'is of a run with ', 'name another --output_dir')
+
+
+def test_classes_in_another_order_do_not_go_on_from_a_checkpoint():
+    checkpoint.same_classes({'classes': ['ant', 'bee']}, ('ant', 'bee'), 'x.pt')
+    checkpoint.same_classes({}, ('ant',), 'x.pt')
+    for classes, word in ((['bee', 'ant'], 'class 0 is ant, that of these is bee'), (['ant'], 'class 1 is bee')):
+        with pytest.raises(UserError, match=word):
+            checkpoint.same_classes({'classes': ['ant', 'bee']}, classes, 'x.pt')
 
 
 def test_a_checkpoint_of_another_kind_of_device_draws_anew(trained, few, tmp_path):

@@ -436,6 +436,11 @@ def test_missing_folders_and_zips_are_named(zipped, part, root, tmp_path):
     assert f'--data={tmp_path}' in str(error.value) and '\n' not in str(error.value)
 
 
+def test_zips_without_their_flag_are_named(root):
+    with pytest.raises(UserError, match=r'there is no train; .* give --zip_file'):
+        image_files.open_files(root / 'zips' / 'plain', False, True, 0)
+
+
 @pytest.mark.parametrize('content', [b'', b'not a zip', b'PK\x03\x04' + bytes(100), 'cut', 'folder'])
 def test_what_is_not_a_zip_is_named(content, root, tmp_path):
     file = tmp_path / 'train.zip'

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tooling import CHROMIUM, ROOT, mistake, needs_matplotlib, output, without
+from tooling import CHROMIUM, ROOT, call, mistake, needs_matplotlib, output, tool, without
 
 import architecture
 import checkpoint
@@ -65,6 +65,12 @@ def test_plots(runs, tmp_path):
     for suffix, magic in (('png', b'\x89PNG'), ('svg', b'<?xml'), ('pdf', b'%PDF')):
         output('tools/plot.py', runs / 'training', runs / 'search', '-o', tmp_path / f'a.{suffix}')
         assert (tmp_path / f'a.{suffix}').read_bytes().startswith(magic)
+
+
+def test_of_a_few_values_none_is_left_out():
+    plot = tool('tools/plot.py')
+    assert plot.frame([69.4, 60.0, 52.1], 3 // 10) == (52.1, 69.4)
+    assert plot.frame([0.0] + [50.0 + index for index in range(19)], 20 // 10) == (50, 68)
 
 
 @needs_matplotlib
@@ -154,7 +160,10 @@ def test_predict_on_large_images(classes, tmp_path):
              'classes': classes}
     torch.save(state, tmp_path / 'checkpoint.pt')
     Image.new('RGB', (300, 260), 'red').save(tmp_path / 'red.jpg')
-    lines = output('tools/predict.py', '--checkpoint', tmp_path / 'checkpoint.pt', tmp_path / 'red.jpg').splitlines()
+    path = tmp_path / 'red.jpg'
+    status, out, err = call('tools/predict.py', '--checkpoint', tmp_path / 'checkpoint.pt', tmp_path / 'no.jpg', path)
+    assert status == 2 and 'no.jpg: cannot be read' in err, 'the others are predicted all the same'
+    lines = out.splitlines()
     assert sorted(line.split()[-1] for line in lines[1:]) == classes
 
 

@@ -227,6 +227,7 @@ def test_a_finished_training_started_again_changes_nothing(trained, few, tmp_pat
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     result = run(PROGRAM, *FLAGS, f'--output_dir={folder}', preamble=few)
     assert result.status == 0 and 'resumed after epoch 3' in result.out and 'epoch 3/3' not in result.out
+    assert 'nothing is left to train: 3 epochs are done' in result.out
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
 
 

@@ -225,8 +225,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(flags, words, trained, 
 # -------------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize('flags, words', [
-    (['--data=nowhere'], ['--data=nowhere', 'there is no train', 'class folders']),
-    (['--data=nowhere', '--zip_file'], ['--data=nowhere', 'there is no train.zip']),
+    (['--data=nowhere'], ['--data=nowhere', 'there is no such folder', 'train']),
+    (['--data=nowhere', '--zip_file'], ['--data=nowhere', 'there is no such folder', 'train.zip']),
     (['--data=no_valid'], ['--data=no_valid', 'there is no valid or val']),
     (['--data=bad', '--zip_file'], ['bad/train.zip', 'is not a readable zip file']),
     (['--data=bad'], ['bad/train', 'has no images in class folders']),

@@ -79,12 +79,17 @@ def main() -> None:
     if dataset == 'folder' and not isinstance(state.get('images'), dict):
         raise flags.UserError(f'{args.checkpoint}: has no "images", which says how the images it was trained on were scaled')
     names = class_names(state, dataset, network.classes)
-    for path in args.images:
+
+    def show(path: Path) -> None:
         logits, _ = network(read_image(path, imagenet, dataset, state.get('images')).to(args.device))
         likely = logits.softmax(1)[0].topk(min(5, network.classes))
         print(path)
         for probability, index in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
             print(f'  {100 * probability:6.2f} %  {names[index]}')
+    mistakes: list[str] = []
+    for path in args.images:
+        runs.succeeds(mistakes, partial(show, path))
+    runs.name_mistakes(mistakes)
 
 
 if __name__ == '__main__':
