@@ -194,7 +194,8 @@ class Search:
         self.write_pool('.pareto.perf', [f'{self.accuracies[i]} {madds[i]}' for i in front])
         mean = sum(accuracies) / len(accuracies)
         self.run.log(f'{what}: best {self.accuracies[0]:.4f}, mean {mean:.4f}, worst {self.accuracies[-1]:.4f}')
-        self.run.write_metrics(kind='score', epoch=self.number(), accuracies=self.accuracies, best_arch=str(self.pool[0]))
+        self.run.write_metrics(kind='score', epoch=self.number(), accuracies=self.accuracies, best_arch=str(self.pool[0]),
+                               multiply_adds=madds)
 
     def an_architecture(self) -> Architecture:
         """One of the search space, for logged sizes, the same in every start of a search."""
