@@ -60,7 +60,7 @@ def of_operation(index: int, channels: int, stride: int, side: int) -> Cost:
 
 
 def of_stem(size: Size) -> tuple[Cost, list[Shape]]:
-    """The cost of a network's stem, and the shapes of what it gives to the first cell."""
+    """The cost of a network's stem, whose convolutions follow one another, and the shapes of what the first cell gets."""
     with torch.device('meta'):  # its modules for their sizes alone
         stem = nn.Module()
         inputs = size.network.make_stem(stem, size.channels)
@@ -97,7 +97,10 @@ def counter(size: Size) -> Counter:
 
     @cache
     def around(normal_outputs: int, reduction_outputs: int, reduced: int) -> Cost:
-        """All but the nodes: outputs: states that each kind of cell concatenates, `reduced` of which it halves itself."""
+        """All but the nodes, by the number of states that each kind of cell concatenates.
+
+        reduced: how many of them are inputs of the reduction cell, which it has to halve.
+        """
         costs, (x, y) = [stem], stem_outputs
         for reduction, channels, side in cells:
             if x[0] != y[0] or x[1] != channels:

@@ -122,8 +122,9 @@ def ask(run: Run, space: Vocabulary, budget: costs.Budget) -> tuple[list[Archite
     """New architectures, what is expected of them, and the state of the fit; without a pool random ones alone."""
     args, generator = run.args, run.generators['search']
     if not args.arch_pool:
+        new = costs.sample(args.new_arch, space, generator, budget, needed=args.new_arch)
         run.open_output(anew=False)
-        return costs.sample(args.new_arch, space, generator, budget, needed=args.new_arch), None, {}
+        return new, None, {}
     pool, accuracies = read_known(args, space)
     naos = search_setup.build_controllers(args, space, run.device)
     fits = go_on(run, naos)
@@ -133,6 +134,9 @@ def ask(run: Run, space: Vocabulary, budget: costs.Budget) -> tuple[list[Archite
     known = Known(pool, accuracies, range(len(pool)), space, generator, naos, search_setup.settings_of(args), budget)
     proposers.fit(run, known, args.controller_expand, first=not fits)
     new, _ = proposers.by_controllers(known, args.new_arch)
+    if len(new) < args.new_arch:
+        run.warn(f'{len(new)} of {args.new_arch} new architectures: what else was written is known or beyond the budget; '
+                 'more --controller_lambdas, a larger --controller_top or longer fits write others')
     state = {'model': {}, 'controller': [nao.state_dict() for nao in naos], 'fits': fits + 1, 'told': len(pool)}
     return new, predict(known, new) if new else [], state
 
@@ -150,9 +154,6 @@ def main() -> None:
     if args.state:
         run.save(state, Path(args.state))
     run.log(f'{len(new)} new architectures are in {path}')
-    if len(new) < args.new_arch:
-        run.warn(f'{args.new_arch} were asked for; more --controller_lambdas, a larger --controller_top or longer fits write '
-                 'others')
 
 
 if __name__ == '__main__':

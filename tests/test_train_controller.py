@@ -134,7 +134,9 @@ def test_new_architectures_stay_within_a_budget_and_known_ones_need_not(fitted, 
         assert run(PROGRAM, *flags, *known).status == 0
         new = lines(tmp_path / 'new_arch_pool')
         assert new and all(count(parse(line)).madds <= limit for line in new)
-    assert_user_error(run(PROGRAM, *flags, '--max_madds=1'), '--max_madds=1 (imagenet network', 'the smallest has')
+    result = run(PROGRAM, *flags, '--max_madds=1', f'--output_dir={tmp_path / "none"}')
+    assert_user_error(result, '--max_madds=1 (imagenet network', 'the smallest has')
+    assert not (tmp_path / 'none').exists()
 
 
 def test_the_presets_flags_and_the_large_space(tmp_path):
