@@ -7,7 +7,7 @@ the states 0..i+1: states 0 and 1 are the outputs of the two cells before, state
 
 import operator
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +85,12 @@ def parse(arch: 'str | Sequence', nodes: int | None = None, operations: range = 
     return Architecture(tuple(numbers[:half]), tuple(numbers[half:]))
 
 
-def read_pool(path: str | Path, nodes: int | None = None, operations: range = ALL_OPERATIONS) -> list[Architecture]:
-    """Read a pool file, one architecture a line; ArchitectureError names the file and the line that is wrong."""
+def read_pool(path: str | Path, nodes: int | None = None, operations: range = ALL_OPERATIONS,
+              check: Callable[[Architecture], None] = lambda arch: None) -> list[Architecture]:
+    """Read a pool file, one architecture a line; ArchitectureError names the file and the line that is wrong.
+
+    check: raises ArchitectureError for an architecture that is not wanted.
+    """
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -97,6 +101,7 @@ def read_pool(path: str | Path, nodes: int | None = None, operations: range = AL
         if line.strip():
             try:
                 pool.append(parse(line, nodes, operations))
+                check(pool[-1])
             except ArchitectureError as error:
                 raise ArchitectureError(f'{path}, line {number}: {error}') from None
     if not pool:

@@ -41,9 +41,11 @@ def save(state: dict[str, Any], *paths: Path) -> None:
             raise UserError(f'{path} cannot be written ({reason}); {kept}make room and run the same command again') from None
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: str | Path, flag: str = '--output_dir') -> dict[str, Any]:
     """Read a checkpoint of this project or of the reference (whose `args` is a Namespace, and whose names may start with
     `module.`) onto the CPU; `args` becomes a dict. Raises UserError.
+
+    flag: that which names its place, for messages, here and below.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBER]), warnings.catch_warnings():
@@ -57,7 +59,7 @@ def load(path: str | Path) -> dict[str, Any]:
         reason = 'it holds more than tensors and numbers' if isinstance(error, pickle.UnpicklingError) else (
             f'{error}'.partition('\n')[0][:100] or type(error).__name__)
         raise UserError(f'{path}: is not a readable checkpoint ({reason}); it is cut off, damaged or another kind of file; '
-                        'to begin anew delete it or name another --output_dir') from None
+                        f'to begin anew delete it or name another {flag}') from None
     args = state.get('args', {}) if isinstance(state, dict) else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict) or not isinstance(state.get('model'), dict):
@@ -75,7 +77,8 @@ def load_network(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def require(state: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], path: str | Path, advice: str = '') -> None:
+def require(state: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], path: str | Path, advice: str = '',
+            flag: str = '--output_dir') -> None:
     """Raise UserError if a checkpoint lacks what a run needs to go on from it, or has it of another kind.
 
     advice: what else can be done with it.
@@ -83,10 +86,10 @@ def require(state: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], pa
     for name, kind in kinds.items():
         if not isinstance(state.get(name), kind) or (kind is int and state[name] < 0):
             problem = f'has no "{name}"' if name not in state else f'its "{name}" is damaged ({str(state[name])[:40]!r})'
-            raise UserError(f'{path}: {problem}, so no run can go on from it; {advice}name another --output_dir')
+            raise UserError(f'{path}: {problem}, so no run can go on from it; {advice}name another {flag}')
 
 
-def same_run(state: dict[str, Any], args: argparse.Namespace, path: str | Path) -> None:
+def same_run(state: dict[str, Any], args: argparse.Namespace, path: str | Path, flag: str = '--output_dir') -> None:
     """Raise UserError if a checkpoint is of a run that differs in what makes it another one, not the same one changed."""
     for name in ANOTHER_RUN:
         now = getattr(args, name, None)
@@ -94,7 +97,7 @@ def same_run(state: dict[str, Any], args: argparse.Namespace, path: str | Path) 
         if was != now:
             had, wanted = (f'--{name}={value}' if value is not None else f'no --{name}' for value in (was, now))
             raise UserError(f'{path}: is of a run with {had}, not {wanted}; give that to go on with it, or name another '
-                            '--output_dir')
+                            f'{flag}')
 
 
 def same_classes(state: dict[str, Any], classes: Sequence[str], path: str | Path) -> None:

@@ -368,11 +368,12 @@ def fit_predictor(encoder: Encoder, sequences: Tensor, targets: Tensor, settings
     encoder.eval()
 
 
-def new_architectures(nao: NAO, seeds: Tensor, known: Iterable[Sequence[int]], count: int,
-                      lambdas: Iterable[float]) -> tuple[list[tuple[int, ...]], dict[float, int]]:
+def new_architectures(nao: NAO, seeds: Tensor, known: Iterable[Sequence[int]], count: int, lambdas: Iterable[float],
+                      admits: Callable[[Sequence[int]], bool] | None = None) -> tuple[list[tuple[int, ...]], dict[float, int]]:
     """Ascend from seeds (batch, length) with growing λ until there are `count` sequences not in `known`, nor twice.
 
-    Returns the new sequences and how many each λ gave; fewer than `count` only when `lambdas` are used up.
+    Of those it writes, only what `admits` says yes to counts. Returns the new sequences and how many each λ gave; fewer than
+    `count` only when `lambdas` are used up.
     """
     nao.eval()
     seen = {tuple(sequence) for sequence in known}
@@ -384,7 +385,8 @@ def new_architectures(nao: NAO, seeds: Tensor, known: Iterable[Sequence[int]], c
         for sequence in map(tuple, nao.generate_new_arch(seeds, predict_lambda).tolist()):
             if sequence not in seen and len(found) < count:
                 seen.add(sequence)
-                found.append(sequence)
+                if admits is None or admits(sequence):
+                    found.append(sequence)
         per_lambda[predict_lambda] = len(found) - before
     return found, per_lambda
 
@@ -405,12 +407,13 @@ def choose(predictions: Tensor, count: int, beta: float) -> list[int]:
 
 
 def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]], count: int, settings: Settings,
-            generator: torch.Generator) -> tuple[list[tuple[int, ...]], dict[float, int]]:
+            generator: torch.Generator,
+            admits: Callable[[Sequence[int]], bool] | None = None) -> tuple[list[tuple[int, ...]], dict[float, int]]:
     """At most `count` sequences not in `known`, ascended from seeds (batch, length), best first, by every NAO and decoded.
 
     With settings.redrawn the ascent starts from redrawn seeds as well (see `redraw`). With settings.candidates each NAO
     decodes up to that many, among all of which `choose` does; without, each decodes its share and the first come are taken.
-    Returns them, and how many each λ decoded.
+    What `admits` says no to is passed over where it is decoded. Returns them, and how many each λ decoded.
     """
     if settings.redrawn:
         seeds = torch.cat([seeds, redraw(naos[0], seeds, settings.redrawn, generator)])
@@ -418,7 +421,7 @@ def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]]
     per_lambda: Counter[float] = Counter()
     for member, nao in enumerate(naos):
         share = settings.candidates or math.ceil((count - len(pool)) / (len(naos) - member))
-        found, counts = new_architectures(nao, seeds, [*known, *pool], share, settings.lambdas)
+        found, counts = new_architectures(nao, seeds, [*known, *pool], share, settings.lambdas, admits)
         pool.update(dict.fromkeys(found))
         per_lambda.update(counts)
     candidates = list(pool)

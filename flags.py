@@ -100,6 +100,24 @@ KEEP = number(float, 0, 1, above=True)
 FRACTION = number(float, 0, 1)
 
 
+UNITS = {'K': 1e3, 'M': 1e6, 'G': 1e9, 'B': 1e9}
+
+
+def amount(text: str) -> int:
+    """The argparse type of a size: a number above 0, such as 600000, or of thousands, millions, ... such as 3.5M."""
+    factor = UNITS.get(text[-1:].upper(), 1)
+    try:
+        value = round(float(text if factor == 1 else text[:-1]) * factor)
+    except (ValueError, OverflowError):  # also of nan, inf
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be a number above 0 such as 3500000, 3.5M or 600M, not {text[:40]!r}')
+    return value
+
+
+amount.kind = int  # for the help
+
+
 def directory(text: str) -> str:
     """The argparse type of a directory to write to."""
     if not text.strip() or not text.isprintable():
@@ -123,20 +141,25 @@ def drop_without_effect(args: argparse.Namespace, *names: str) -> None:
 
 
 def add_run_flags(parser: Parser, output_dir: str, data: str = 'data') -> None:
-    """The flags of every program: where it runs, where it writes, the seed."""
+    """The flags of every program that trains on images: where it runs, where it writes, the seed."""
     group = parser.add_argument_group('run')
     add(group, 'data', 'directory of the data set', data, metavar='DIR')
     add(group, 'output_dir', 'directory of train.log, checkpoints and metrics.jsonl; a run that finds its checkpoint.pt there '
         'goes on from it', output_dir, metavar='DIR', type=directory)
-    add(group, 'device', 'cpu, cuda, cuda:N or mps (default: CUDA if there is a GPU, else MPS, else the CPU)', metavar='NAME')
-    add(group, 'threads', 'of PyTorch on the CPU; 1 on a machine that others use too (default: a thread for each core)',
-        type=number(int, 1, 1024))
-    add(group, 'seed', 'of all random draws', 0, type=SEED)
+    add_machine_flags(group)
     add(group, 'amp', 'mixed precision; off: float32 throughout', 'off', choices=['off', 'bf16', 'fp16'])
     add(group, 'tf32', 'let NVIDIA GPUs round the factors of float32 products to TF32', False, action='store_true')
     add(group, 'save_every', 'also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best', 0, type=COUNT)
     add(group, 'tensorboard', 'mirror metrics.jsonl for TensorBoard in --output_dir (needs the package tensorboard)', False,
         action='store_true')
+
+
+def add_machine_flags(group: Any) -> None:
+    """The flags of what a program runs on, and of the seed."""
+    add(group, 'device', 'cpu, cuda, cuda:N or mps (default: CUDA if there is a GPU, else MPS, else the CPU)', metavar='NAME')
+    add(group, 'threads', 'of PyTorch on the CPU; 1 on a machine that others use too (default: a thread for each core)',
+        type=number(int, 1, 1024))
+    add(group, 'seed', 'of all random draws', 0, type=SEED)
 
 
 def rank_prefix() -> str:

@@ -290,12 +290,12 @@ def count_parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def count_madds(model: nn.Module, image_size: int, *extras: Any) -> int:
+def count_madds(model: nn.Module, image_size: int, *extras: Any, channels: int = 3) -> int:
     """Multiply-adds of the convolutions and linear layers for one image; `extras` go to the model after the image.
 
     They are counted on a copy without values, where every operation has its plain form (see kernels.py).
     """
     model = copy.deepcopy(model).to('meta').eval()
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device='meta'), *extras)
+        model(torch.zeros(1, channels, image_size, image_size, device='meta'), *extras)
     return counter.get_total_flops() // 2

@@ -180,11 +180,16 @@ class FactorizedReduce(nn.Module):
 
 
 class Operation(NamedTuple):
-    """A row of the table: the operation's name, how to make it, and its kernel size (0 for the identity)."""
+    """A row of the table: the operation's name, how to make it, its kernel size (0 for the identity), and what it costs.
+
+    cost: (channels, stride, side of the input in pixels) -> parameters and multiply-adds of one image; None: costs.py counts
+    them on the module.
+    """
 
     name: str
     make: Callable[[int, int], nn.Module]  # (channels, stride) -> module from a state to a state of as many channels
     kernel: int
+    cost: Callable[[int, int, int], tuple[int, int]] | None = None
 
 
 def _pool(pool: type[nn.Module], kernel: int, **options: bool) -> Callable[[int, int], nn.Module]:
@@ -207,23 +212,63 @@ def _identity(channels: int, stride: int) -> nn.Module:
     return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels)
 
 
+def halved(side: int, stride: int) -> int:
+    """The side of a feature map after an operation of this stride, in pixels."""
+    return -(-side // stride)
+
+
+def pointwise_cost(channels_in: int, channels_out: int, side: int) -> tuple[int, int]:
+    """Parameters and multiply-adds of ReLUConvBN or FactorizedReduce whose output has this side."""
+    weights = channels_in * channels_out
+    return weights + 2 * channels_out, weights * side ** 2
+
+
+def _conv_cost(kernel: int) -> Callable[[int, int, int], tuple[int, int]]:
+    def cost(channels: int, stride: int, side: int) -> tuple[int, int]:
+        weights = kernel ** 2 * channels ** 2
+        return weights + 2 * channels, weights * halved(side, stride) ** 2
+    return cost
+
+
+def _pair_cost(kernel: int) -> Callable[[int, int, int], tuple[int, int]]:
+    def cost(channels: int, stride: int, side: int) -> tuple[int, int]:
+        weights, out = kernel * channels ** 2, halved(side, stride)
+        return 2 * (weights + 2 * channels), weights * out * (side + out)  # the first one halves the width alone
+    return cost
+
+
+def _sep_conv_cost(kernel: int) -> Callable[[int, int, int], tuple[int, int]]:
+    def cost(channels: int, stride: int, side: int) -> tuple[int, int]:
+        weights = 2 * channels * (kernel ** 2 + channels)
+        return weights + 4 * channels, weights * halved(side, stride) ** 2
+    return cost
+
+
+def _identity_cost(channels: int, stride: int, side: int) -> tuple[int, int]:
+    return (0, 0) if stride == 1 else pointwise_cost(channels, channels, halved(side, stride))
+
+
+def _no_cost(channels: int, stride: int, side: int) -> tuple[int, int]:
+    return 0, 0
+
+
 OPERATIONS: tuple[Operation, ...] = (
-    Operation('separable conv 3x3', _sep_conv(3), 3),
-    Operation('separable conv 5x5', _sep_conv(5), 5),
-    Operation('average pool 3x3', _pool(AvgPool2d, 3, count_include_pad=False), 3),
-    Operation('max pool 3x3', _pool(MaxPool2d, 3), 3),
-    Operation('identity', _identity, 0),
-    Operation('identity', _identity, 0),
-    Operation('conv 1x1', _conv(1), 1),
-    Operation('conv 3x3', _conv(3), 3),
-    Operation('conv 1x3, 3x1', _conv(3, pair=True), 3),
-    Operation('conv 1x7, 7x1', _conv(7, pair=True), 7),
-    Operation('max pool 2x2', _pool(MaxPool2d, 2), 2),
-    Operation('max pool 3x3', _pool(MaxPool2d, 3), 3),
-    Operation('max pool 5x5', _pool(MaxPool2d, 5), 5),
-    Operation('average pool 2x2', _pool(AvgPool2d, 2), 2),
-    Operation('average pool 3x3', _pool(AvgPool2d, 3), 3),
-    Operation('average pool 5x5', _pool(AvgPool2d, 5), 5),
+    Operation('separable conv 3x3', _sep_conv(3), 3, _sep_conv_cost(3)),
+    Operation('separable conv 5x5', _sep_conv(5), 5, _sep_conv_cost(5)),
+    Operation('average pool 3x3', _pool(AvgPool2d, 3, count_include_pad=False), 3, _no_cost),
+    Operation('max pool 3x3', _pool(MaxPool2d, 3), 3, _no_cost),
+    Operation('identity', _identity, 0, _identity_cost),
+    Operation('identity', _identity, 0, _identity_cost),
+    Operation('conv 1x1', _conv(1), 1, _conv_cost(1)),
+    Operation('conv 3x3', _conv(3), 3, _conv_cost(3)),
+    Operation('conv 1x3, 3x1', _conv(3, pair=True), 3, _pair_cost(3)),
+    Operation('conv 1x7, 7x1', _conv(7, pair=True), 7, _pair_cost(7)),
+    Operation('max pool 2x2', _pool(MaxPool2d, 2), 2, _no_cost),
+    Operation('max pool 3x3', _pool(MaxPool2d, 3), 3, _no_cost),
+    Operation('max pool 5x5', _pool(MaxPool2d, 5), 5, _no_cost),
+    Operation('average pool 2x2', _pool(AvgPool2d, 2), 2, _no_cost),
+    Operation('average pool 3x3', _pool(AvgPool2d, 3), 3, _no_cost),
+    Operation('average pool 5x5', _pool(AvgPool2d, 5), 5, _no_cost),
 )
 
 SEARCH_SPACES: dict[str, range] = {'small': range(0, 5), 'large': range(5, 16)}  # the ids that a search may choose

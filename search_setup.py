@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 import architecture
+import checkpoint
 import controller
+import costs
 import datasets
 import image_files
 import training
@@ -171,9 +173,26 @@ def parse_args() -> argparse.Namespace:
     for name, kind, default, text in CHILD_FLAGS:
         add(group, f'child_{name}', text, default, type=kind)
     add(group, 'child_use_aux_head', 'train with the auxiliary head', False, action=argparse.BooleanOptionalAction)
+    add_controller_flags(parser)
+    costs.add_flags(parser)
+    first = early_flags('method', 'dataset')
+    if first.dataset:
+        parser.set_defaults(output_dir=f'exp/search_{first.dataset}')
+    parser.set_defaults(**METHOD_DEFAULTS.get(first.method, METHOD_DEFAULTS['NAO-WS']))
+    set_preset(parser)
+    without_effect(parser, *NO_EFFECT)
+    args = parser.parse_args()
+    drop_without_effect(args, *NO_EFFECT)
+    check(args)
+    return args
+
+
+def add_controller_flags(parser: Parser, without: Collection[str] = ()) -> None:
+    """The flags of the controller, but those of a search that a program has no use for."""
     group = parser.add_argument_group('controller')
     for name, kind, default, text in CONTROLLER_FLAGS:
-        add(group, f'controller_{name}', text, default, type=kind)
+        if name not in without:
+            add(group, f'controller_{name}', text, default, type=kind)
     add(group, 'controller_targets', 'scaled: accuracies by their minimum and maximum; ranks: the share of others each one '
         'beats', PAPER.targets, choices=controller.TARGETS)
     add(group, 'controller_loss', 'of the prediction', PAPER.loss, choices=controller.LOSSES)
@@ -182,22 +201,28 @@ def parse_args() -> argparse.Namespace:
                        'NAO-WS, [10,20,30] for NAO)')
     add(group, 'controller_preset', 'best: values of these flags that find good architectures with fewer evaluations', 'paper',
         choices=controller.PRESETS)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # so that --help shows the defaults of these
-    early.add_argument('--method', nargs='?')
-    early.add_argument('--controller_preset', nargs='?')
-    early.add_argument('--dataset', nargs='?')
-    first, _ = early.parse_known_args()
-    if first.dataset:
-        parser.set_defaults(output_dir=f'exp/search_{first.dataset}')
-    parser.set_defaults(**METHOD_DEFAULTS.get(first.method, METHOD_DEFAULTS['NAO-WS']))
-    if first.controller_preset not in (None, 'paper') and first.controller_preset in controller.PRESETS:
-        preset = controller.PRESETS[first.controller_preset]
-        parser.set_defaults(**{f'controller_{name}': value for name, value in preset._asdict().items()})
-    without_effect(parser, *NO_EFFECT)
-    args = parser.parse_args()
-    drop_without_effect(args, *NO_EFFECT)
-    check(args)
-    return args
+
+
+def early_flags(*names: str) -> argparse.Namespace:
+    """Flags of the command line that choose the defaults of others, so that --help shows these; None where they are not."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        early.add_argument(f'--{name}', nargs='?')
+    return early.parse_known_args()[0]
+
+
+def set_preset(parser: Parser) -> None:
+    """Make the values of --controller_preset the defaults of its flags; the paper's are theirs already."""
+    name = early_flags('controller_preset').controller_preset
+    if name not in (None, 'paper') and name in controller.PRESETS:
+        parser.set_defaults(**{f'controller_{flag}': value for flag, value in controller.PRESETS[name]._asdict().items()})
+
+
+def check_controller(args: argparse.Namespace) -> None:
+    """Raise UserError if the controller's flags do not go together."""
+    if args.controller_encoder_hidden_size != args.controller_decoder_hidden_size:
+        raise UserError('--controller_encoder_hidden_size and --controller_decoder_hidden_size must be equal: the decoder '
+                        'starts from the embedding')
 
 
 def check(args: argparse.Namespace) -> None:
@@ -205,9 +230,7 @@ def check(args: argparse.Namespace) -> None:
     if args.method == 'NAO-WS' and args.search_space != 'small':
         raise UserError(f'--search_space={args.search_space}: the weight-sharing network has the operations of the small '
                         'space; use --method=NAO for others')
-    if args.controller_encoder_hidden_size != args.controller_decoder_hidden_size:
-        raise UserError('--controller_encoder_hidden_size and --controller_decoder_hidden_size must be equal: the decoder '
-                        'starts from the embedding')
+    check_controller(args)
     if args.child_lr_min > args.child_lr_max:
         raise UserError(f'--child_lr_min={args.child_lr_min:g} is above --child_lr_max={args.child_lr_max:g}')
     if args.child_results and not Path(args.child_results).is_file():
@@ -230,14 +253,27 @@ def build_controllers(args: argparse.Namespace, vocabulary: architecture.Vocabul
             for _ in range(args.controller_members)]
 
 
-def first_pool(args: argparse.Namespace, operations: range, generator: torch.Generator) -> list[Architecture]:
-    """The pool file that the user names or has left in --output_dir, or random architectures. Raises UserError."""
+def fill_controllers(naos: list[controller.NAO], state: dict[str, Any], path: Path, flags: str = NETWORK_FLAGS) -> None:
+    """Load the weights of a checkpoint's controllers; raises UserError if they are others. flags: those that decide it."""
+    if len(state['controller']) != len(naos):
+        raise UserError(f'{path} has {len(state["controller"])} controllers; give the --controller_members and '
+                        '--controller_preset that it began with')
+    for nao, weights in zip(naos, state['controller'], strict=True):
+        checkpoint.fill_model(nao, weights, path, flags)
+
+
+def first_pool(args: argparse.Namespace, space: architecture.Vocabulary, generator: torch.Generator,
+               budget: costs.Budget) -> list[Architecture]:
+    """The pool file that the user names or has left in --output_dir, or random architectures, within the budget.
+
+    Raises UserError.
+    """
     left = Path(args.output_dir) / 'arch_pool'
     path = args.child_arch_pool or (left if left.exists() else None)
     if not path:
-        return architecture.sample(args.controller_seed_arch, args.child_nodes, operations, generator)
+        return costs.sample(args.controller_seed_arch, space, generator, budget, needed=args.controller_seed_arch)
     try:
-        return architecture.read_pool(path, args.child_nodes, operations)
+        return architecture.read_pool(path, space.nodes, space.operations, budget.check)
     except architecture.ArchitectureError as error:
         raise UserError(f'--child_arch_pool: {error}' if args.child_arch_pool else
                         f'{error}; a search starts from the arch_pool of its --output_dir, name another') from None
@@ -322,6 +358,12 @@ def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
         len(classes), image_files.IMAGE_SIZE, NASWSNetworkImageNet, NASNetworkImageNet, train_batches, valid_batches,
         partial(training.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),
         args.child_label_smooth, ranking)
+
+
+def budget_of(args: argparse.Namespace, task: Task) -> costs.Budget:
+    """What the architectures of a search may cost."""
+    own = 'imagenet' if args.dataset == 'imagenet' else 'cifar'
+    return costs.budget_of(args, own, classes=task.classes, image_size=task.image_size)
 
 
 def open_task(args: argparse.Namespace, run: Run) -> Task:

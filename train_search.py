@@ -22,7 +22,8 @@ import torch
 import architecture
 import candidates
 import checkpoint
-import controller
+import costs
+import proposers
 import search_cost
 import search_setup
 import training
@@ -33,8 +34,6 @@ from model_search import score_pool
 from proposers import LEARNING, PROPOSERS, Known
 from search_setup import NETWORK_FLAGS
 from utils import Run
-
-UNLEARNT = 0.1  # Hamming distance from which a controller cannot be said to know the architectures
 
 
 def next_phase(search: 'Search') -> str:
@@ -76,13 +75,14 @@ class Search:
         self.args, self.run = args, run
         self.vocabulary = architecture.vocabulary(args.child_nodes, args.search_space)
         self.checkpoint = run.output_dir / 'checkpoint.pt'
+        self.task = search_setup.open_task(args, run)
+        self.budget = search_setup.budget_of(args, self.task)
         self.pool: list[Architecture] = []  # best first, once it is measured; `load` takes the checkpoint's
         if not self.checkpoint.exists():
-            self.pool = search_setup.first_pool(args, self.vocabulary.operations, run.generators['search'])
+            self.pool = search_setup.first_pool(args, self.vocabulary, run.generators['search'], self.budget)
         self.accuracies: list[float] = []  # of the pool when it was measured
         self.born = list(range(len(self.pool)))  # how many architectures there were before each
         self.rounds = [[0, 0]]  # [number, how many there were before] of each round of new ones; first the start
-        self.task = search_setup.open_task(args, run)
         self.settings = search_setup.settings_of(args)
         self.naos = search_setup.build_controllers(args, self.vocabulary, run.device)
         self.share_controllers()
@@ -97,6 +97,8 @@ class Search:
         if self.resumed:
             self.run.resume(self.resumed, f'{self.progress()}, next: {self.phase}')
         self.log_start()
+        if self.budget.limits:
+            self.run.log(f'all architectures stay within {self.budget}')
         if not self.resumed:
             self.save()
         while self.phase != 'done':
@@ -133,15 +135,14 @@ class Search:
         checkpoint.require(state, self.fields | {'controller': list, 'pool': list, 'random': list, 'scaler': dict,
                                                  'metrics_bytes': int}, path)
         checkpoint.same_run(state, self.args, path)
-        if len(state['controller']) != len(self.naos):
-            raise UserError(f'{path} has {len(state["controller"])} controllers; give the --controller_members and '
-                            '--controller_preset that the search began with')
-        for nao, weights in zip(self.naos, state['controller'], strict=True):
-            checkpoint.fill_model(nao, weights, path, NETWORK_FLAGS)
+        search_setup.fill_controllers(self.naos, state, path)
         try:
             self.pool = [architecture.parse(line, self.args.child_nodes, self.vocabulary.operations) for line in state['pool']]
         except (architecture.ArchitectureError, TypeError) as error:
             raise UserError(f'{path}: its "pool" is damaged or of another --child_nodes ({error})') from None
+        if beyond := sum(not self.budget.admits(arch) for arch in self.pool):
+            raise UserError(f'{path}: {beyond} of its {len(self.pool)} architectures are beyond {self.budget}; give a larger '
+                            'budget, or name another --output_dir')
         for name in self.fields:
             setattr(self, name, state[name])
         self.born, self.rounds = state.get('born', list(range(len(self.pool)))), state.get('rounds', [[0, 0]])
@@ -188,9 +189,14 @@ class Search:
         self.pool, self.accuracies, self.born = ([values[i] for i in order] for values in (self.pool, accuracies, self.born))
         for suffix in (f'.{self.number()}', ''):
             self.write_pool(suffix, self.pool, self.accuracies)
+        madds = [self.budget.count(arch).madds for arch in self.pool]
+        front = costs.pareto(self.accuracies, madds)
+        self.write_pool('.pareto', [self.pool[i] for i in front])
+        self.write_pool('.pareto.perf', [f'{self.accuracies[i]} {madds[i]}' for i in front])
         mean = sum(accuracies) / len(accuracies)
         self.run.log(f'{what}: best {self.accuracies[0]:.4f}, mean {mean:.4f}, worst {self.accuracies[-1]:.4f}')
-        self.run.write_metrics(kind='score', epoch=self.number(), accuracies=self.accuracies, best_arch=str(self.pool[0]))
+        self.run.write_metrics(kind='score', epoch=self.number(), accuracies=self.accuracies, best_arch=str(self.pool[0]),
+                               multiply_adds=madds)
 
     def an_architecture(self) -> Architecture:
         """One of the search space, for logged sizes, the same in every start of a search."""
@@ -207,56 +213,32 @@ class Search:
                                           self.args.controller_expand))
         return parts
 
+    def known(self) -> Known:
+        """What controllers learn from and proposers propose by."""
+        return Known(self.pool, self.accuracies, self.born, self.vocabulary, self.run.generators['search'], self.naos,
+                     self.settings, self.budget)
+
     # The phases that both methods share.
 
     def fit(self) -> None:
         """Fit the controllers to the pool and its accuracies (paper, section 3.2-3.3)."""
-        args, generator = self.args, self.run.generators['search']
-        sequences = self.vocabulary.tokens(self.pool, self.run.device)
-        targets = controller.TARGETS[self.settings.targets](self.accuracies).to(self.run.device)
-        augment, held_out = architecture.swap_operands, None
-        if args.controller_expand:
-            order = torch.randperm(len(sequences), generator=generator).to(self.run.device)
-            train, test = order[len(order) // 10:], order[:len(order) // 10]
-            held_out = (sequences[test], targets[test]) if len(test) else None
-            copies = [sequences[train]] + [architecture.swap_operands(sequences[train], generator)
-                                           for _ in range(args.controller_expand - 1)]
-            sequences, targets, augment = torch.cat(copies), targets[train].repeat(args.controller_expand, 1), None
-
-        def report(member: int, values: dict[str, float]) -> None:
-            which = f' {member + 1}/{len(self.naos)}' if len(self.naos) > 1 else ''
-            if not which or values['epoch'] == values['epochs']:  # of several, one line each
-                self.run.log(f'controller{which} epoch {values["epoch"]}/{values["epochs"]} loss {values["loss"]:.5f} '
-                             f'pairwise accuracy {values["pairwise_accuracy"]:.4f} Hamming distance '
-                             f'{values["hamming_distance"]:.4f}')
-        reports = controller.fit_all(self.naos, sequences, targets, self.settings, generator, first=not self.fits,
-                                     augment=augment, held_out=held_out, report=report)
-        losses = [values['loss'] for values in reports]
-        distance = max(values['hamming_distance'] for values in reports)
-        if not all(map(math.isfinite, losses)):
-            raise training.NotFiniteError(f'the loss of the controller is {max(losses)}; the last checkpoint is kept; a '
-                                          'smaller --controller_lr may help')
-        if distance > UNLEARNT:
-            self.run.warn(f'the controller writes {distance:.0%} of the tokens of known architectures wrongly: what it '
-                          'proposes is near to chance; more --controller_epochs help')
+        report = proposers.fit(self.run, self.known(), self.args.controller_expand, first=not self.fits)
         self.share_controllers()
         self.fits += 1
-        self.run.write_metrics(kind='controller', search_epoch=self.number(), **reports[-1])
+        self.run.write_metrics(kind='controller', search_epoch=self.number(), **report)
 
     def propose(self) -> None:
         """Ask the proposer for architectures that are not in the pool, and take them in (paper, section 3.4)."""
         generator, proposer = self.run.generators['search'], PROPOSERS[self.args.proposer]
-        known = Known(self.pool, self.accuracies, self.born, self.vocabulary, generator, self.naos, self.settings)
-
         def ask() -> tuple:
-            new, notes = proposer(known, self.wanted())
+            new, notes = proposer(self.known(), self.wanted())
             return [str(arch) for arch in new], notes, generator.get_state()
         lines, notes, state = self.run.together(ask)  # equal in all processes, down to the last rounding
         generator.set_state(state)
         self.run.log(f'{len(lines)} new architectures' + ''.join(f'; {what}: {value}' for what, value in notes.items()))
         if not lines:
-            self.run.warn('no new architectures: all that were written are in the pool already; more --controller_lambdas, a '
-                          'larger --controller_top or longer fits write others')
+            self.run.warn('no new architectures: all that were written are in the pool already or beyond the budget; more '
+                          '--controller_lambdas, a larger --controller_top or longer fits write others')
         self.run.write_metrics(kind='new', epoch=self.number(), new=len(lines), per_lambda=notes.get('written per λ', {}))
         born = max(self.born) + 1
         self.replace([architecture.parse(line) for line in lines])

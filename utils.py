@@ -306,6 +306,19 @@ class Run:
 
         With more processes than the checkpoint's run had, or another kind of device, generators are seeded anew.
         """
+        self.restore_generators(state, where)
+        if state.get('scaler') and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state['scaler'])
+        metrics = self.output_dir / 'metrics.jsonl'
+        if self.is_first and metrics.exists() and metrics.stat().st_size > state.get('metrics_bytes', math.inf):
+            os.truncate(metrics, state['metrics_bytes'])
+        now = vars(self.args)
+        changed = [f'--{name}={now[name]} (was {value})' for name, value in state['args'].items()
+                   if name in now and now[name] != value and name != 'workers']  # which makes no difference
+        self.log(f'resumed after {where}' + (f', with other flags: {" ".join(changed)}' if changed else ''))
+
+    def restore_generators(self, state: dict[str, Any], where: str) -> None:
+        """Set all generators as they were when a checkpoint was written, at `where`; see `resume`."""
         random = state.get('random', [])
         for name, generator in self.generators.items():
             rank = 0 if name in ('data', 'search') else self.rank
@@ -317,15 +330,6 @@ class Run:
                 self.reseed_one(name, rank, where)
                 self.log(f'the random numbers "{name}" of the checkpoint are of another kind of device: they begin anew, from '
                          f'--seed and {where}')
-        if state.get('scaler') and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state['scaler'])
-        metrics = self.output_dir / 'metrics.jsonl'
-        if self.is_first and metrics.exists() and metrics.stat().st_size > state.get('metrics_bytes', math.inf):
-            os.truncate(metrics, state['metrics_bytes'])
-        now = vars(self.args)
-        changed = [f'--{name}={now[name]} (was {value})' for name, value in state['args'].items()
-                   if name in now and now[name] != value and name != 'workers']  # which makes no difference
-        self.log(f'resumed after {where}' + (f', with other flags: {" ".join(changed)}' if changed else ''))
 
     def reseed(self, *seed: Any) -> None:
         """Seed all generators from --seed and the given values, so that what follows depends on nothing before it."""

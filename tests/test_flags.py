@@ -97,6 +97,10 @@ BOUNDS = [
     ('search_setup', '--controller_expand=0', 'at least 1'),
     ('search_setup', '--controller_trade_off=1.2', 'at most 1'),
     ('search_setup', '--controller_encoder_dropout=1.2', 'at most 1'),
+    ('search_setup', '--max_madds=0', 'above 0'),
+    ('search_setup', '--budget_layers=0', 'at least 1'),
+    ('train_controller', '--new_arch=0', 'at least 1'),
+    ('train_controller', '--controller_top=0', 'at least 1'),
     ('train_imagenet', '--workers=-1', 'at least 0'),
     ('train_imagenet', '--workers=x', 'whole number'),
     ('train_imagenet', '--label_smooth=1.5', 'at most 1'),
@@ -111,7 +115,7 @@ BOUNDS = [
 @pytest.mark.parametrize('module, flag, words', BOUNDS)
 def test_numbers_out_of_bounds_are_named_with_their_bounds(module, flag, words, monkeypatch):
     program = importlib.import_module(module)
-    arch = [] if module == 'search_setup' else ['--fixed_arc=NAONet_B']
+    arch = [] if module in ('search_setup', 'train_controller') else ['--fixed_arc=NAONet_B']
     monkeypatch.setattr(sys, 'argv', ['program.py', *arch, flag])
     with pytest.raises(UserError) as error:
         program.parse_args()

@@ -160,7 +160,8 @@ def test_a_search_under_two_processes_runs_whole(few, tmp_path):
     assert result.status == 0, result
     names = [name for name in files(out) if not name.startswith('results.')]
     assert names == sorted([f'arch_pool{suffix}' for suffix in (
-        '', '.1', '.2', '.final', '.perf', '.perf.1', '.perf.2', '.perf.final')] + ['checkpoint.pt', 'metrics.jsonl'])
+        '', '.1', '.2', '.final', '.pareto', '.pareto.perf', '.perf', '.perf.1', '.perf.2', '.perf.final')]
+                           + ['checkpoint.pt', 'metrics.jsonl'])
     assert [line['kind'] for line in metrics(out)] == ['epoch', 'score', 'controller', 'new', 'epoch', 'score'] + ['rank'] * 3
     assert result.out.count('epoch 1: scored 12 architectures') == result.out.count('finished') == 1
     assert not any(name.startswith('module.') for name in load(out / 'checkpoint.pt')['model'])

@@ -7,8 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from architecture import Vocabulary, mutate, parse, sample
-from controller import NAO, Settings
+from controller import NAO, Settings, random_sequences
+from costs import Budget, Size, counter
+from model import NASNetworkCIFAR
 from proposers import POPULATION, PROPOSERS, Known
+
+BUDGET = Budget({}, '', counter(Size(NASNetworkCIFAR, 1, 4, 10, 8)))  # without limits
 
 
 def known(count, nodes, operations, seed, generator):
@@ -16,7 +20,7 @@ def known(count, nodes, operations, seed, generator):
     pool = sample(count, nodes, operations, torch.Generator().manual_seed(seed))
     naos = [NAO(words.allowed_tokens, words.size, 4 * nodes, encoder_hidden_size=8, decoder_hidden_size=8, encoder_emb_size=4)]
     return Known(pool, [1 - index / len(pool) for index in range(len(pool))], list(range(len(pool))), words, generator, naos,
-                 Settings(lambdas=(1, 10)))
+                 Settings(lambdas=(1, 10)), BUDGET)
 
 
 @pytest.mark.parametrize('proposer', PROPOSERS)
@@ -38,6 +42,20 @@ def test_a_space_that_has_no_more_is_used_up(proposer):
     assert len(given_to.pool) == 250  # of 2^8 = 256
     new, _ = PROPOSERS[proposer](given_to, 20)
     assert len({*new, *given_to.pool}) == 256
+
+
+@pytest.mark.parametrize('proposer', PROPOSERS)
+@pytest.mark.parametrize('candidates', [0, 50])
+def test_proposals_stay_within_the_budget_and_are_as_many_as_asked(proposer, candidates, monkeypatch):
+    """A quarter of what is drawn, mutated or decoded is within, and decoding the best does not give enough."""
+    draws = torch.Generator().manual_seed(2)
+    monkeypatch.setattr(NAO, 'generate_new_arch', lambda nao, seeds, step: random_sequences(nao, len(seeds) // 4, draws))
+    given_to = known(200, 3, range(5), 0, torch.Generator().manual_seed(0))
+    madds = sorted(BUDGET.count(arch).madds for arch in given_to.pool)
+    given_to = given_to._replace(budget=BUDGET._replace(limits={'max_madds': madds[50]}), settings=Settings(
+        lambdas=(1, 10, 100), candidates=candidates))
+    new, _ = PROPOSERS[proposer](given_to, 20)
+    assert len(new) == 20 == len({*new} - {*given_to.pool}) and all(given_to.budget.admits(arch) for arch in new)
 
 
 @given(architectures(), st.integers(0, 999))

@@ -265,6 +265,9 @@ def test_accuracy_against_cost(tmp_path):
     (run / 'arch_pool.pareto.perf').write_text('0.8 2000000\n0.9 5000000\n')
     axes = figure(run)['accuracy and cost: the Pareto front']
     assert axes.lines[0].get_xdata().tolist() == [2, 5] and axes.lines[0].get_ydata().tolist() == [80, 90]
+    search(run, [0.5, 0.4], [0.9, 0.7, 0.8], multiply_adds=[5_000_000, 5_000_000, 2_000_000])
+    axes = figure(run)['accuracy and cost: the Pareto front']
+    assert axes.collections[0].get_offsets().tolist() == [[5, 90], [5, 70], [2, 80]]
     assert 'Pareto front' in (output('tools/report.py', run) and (run / 'report.html').read_text())
     (run / 'arch_pool.pareto.perf').write_text('0.8\n')
     assert 'arch_pool.pareto.perf: is damaged' in mistake('tools/plot.py', run, '-o', tmp_path / 'a.png')

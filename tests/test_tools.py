@@ -194,7 +194,7 @@ def test_predict_mistakes(runs, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ help and progress
 
-PROGRAMS = ['train_cifar.py', 'train_imagenet.py', 'train_search.py', *(f'tools/{name}.py' for name in (
+PROGRAMS = ['train_cifar.py', 'train_imagenet.py', 'train_search.py', 'train_controller.py', *(f'tools/{name}.py' for name in (
     'compare', 'draw', 'plot', 'predict', 'report', 'table'))]
 
 

@@ -22,6 +22,8 @@ from helpers import (
 
 import architecture
 from architecture import parse, sample, vocabulary
+from costs import NETWORKS, Size, counter
+from model import NASNetworkImageNet
 from operations import SEARCH_SPACES
 
 PROGRAM = 'train_search.py'
@@ -73,6 +75,7 @@ def test_a_search_writes_its_pools_metrics_and_one_checkpoint(searched):
     folder, result = searched
     assert result.status == 0 and complaints(result) == [], result
     pools = [f'arch_pool{suffix}' for suffix in ('', '.1', '.2', '.final', '.perf', '.perf.1', '.perf.2', '.perf.final')]
+    pools = sorted([*pools, 'arch_pool.pareto', 'arch_pool.pareto.perf'])
     assert files(folder) == [*pools, 'checkpoint.pt', 'metrics.jsonl', 'results.0.jsonl']
     state = load(folder / 'checkpoint.pt')
     assert {'args', 'model', 'epoch', 'step', 'optimizer', 'best_acc_top1'} <= set(state)
@@ -80,6 +83,17 @@ def test_a_search_writes_its_pools_metrics_and_one_checkpoint(searched):
     assert state['args']['child_lr_max'] == 0.025
     assert [line['kind'] for line in metrics(folder)] == [
         'epoch', 'score', 'controller', 'new', 'epoch', 'score', 'rank', 'rank']
+
+
+def test_the_front_of_accuracy_and_cost_is_that_of_the_last_scoring(searched):
+    folder, _ = searched
+    scores = dict(zip(lines(folder, 'arch_pool.2'), accuracies(folder, 'arch_pool.perf.2'), strict=True))
+    count = counter(NETWORKS['cifar'])
+    points = {line: (score, count(parse(line)).madds) for line, score in scores.items()}
+    front, written = (lines(folder, f'arch_pool.pareto{suffix}') for suffix in ('', '.perf'))
+    assert [tuple(map(float, line.split())) for line in written] == [points[line] for line in front]
+    assert {line for line, (score, madds) in points.items() if not any(
+        other >= score and cost <= madds and (other, cost) != (score, madds) for other, cost in points.values())} == set(front)
 
 
 @pytest.mark.parametrize('suffix', ['.1', '.2', ''])
@@ -243,6 +257,32 @@ def test_a_search_starts_from_a_given_pool(few, tmp_path):
     assert result.status == 0, result
     assert sorted(lines(tmp_path / 'out', 'arch_pool')) == sorted(pool)
     assert lines(tmp_path, 'my pool') == pool
+
+
+def test_a_search_within_a_budget(few, tmp_path):
+    """All that is scored, proposed and ranked; one that goes on is refused a smaller budget than its architectures need."""
+    flags = ['--max_madds=1.7M', '--max_parameters=39k', '--budget_network=imagenet', '--budget_layers=1',
+             '--budget_channels=4']
+    result = run(PROGRAM, *FLAGS, *flags, '--child_rank_count=1', f'--output_dir={tmp_path}', preamble=few)
+    assert result.status == 0, result
+    assert 'all architectures stay within --max_parameters=39,000 --max_madds=1,700,000 (imagenet network, 1 ' in result.out
+    count = counter(Size(NASNetworkImageNet, 1, 4, 1000, 224))
+    new = next(line for line in metrics(tmp_path) if line['kind'] == 'new')
+    assert new['new'] > 0
+    costs = [count(parse(line)) for name in ('arch_pool.1', 'arch_pool.2', 'arch_pool.final') for line in lines(tmp_path, name)]
+    assert max(costs).parameters <= 39_000 and max(cost.madds for cost in costs) <= 1_700_000
+    assert_user_error(run(PROGRAM, *FLAGS, *flags[1:], '--max_madds=1.3M', f'--output_dir={tmp_path}', preamble=few),
+                      'of its 20 architectures are beyond --max_parameters=39,000 --max_madds=1,300,000', '--output_dir')
+
+
+def test_a_budget_that_cannot_be_met_and_a_pool_beyond_it(few, tmp_path):
+    result = run(PROGRAM, *FLAGS, '--max_parameters=1k', f'--output_dir={tmp_path / "a"}', preamble=few)
+    assert_user_error(result, '--max_parameters=1,000 (cifar network, 6 layers, 36 channels): of ', 'the smallest has ')
+    (tmp_path / 'pool').write_text('0 0 1 0 0 0 1 0 0 0 1 0 0 0 1 0\n')
+    result = run(PROGRAM, *FLAGS, '--max_parameters=100k', f'--child_arch_pool={tmp_path / "pool"}',
+                 f'--output_dir={tmp_path / "a"}', preamble=few)
+    assert_user_error(result, '--child_arch_pool', 'pool, line 1: the network has ', 'beyond --max_parameters=100,000')
+    assert not (tmp_path / 'a').exists()
 
 
 def test_equally_accurate_architectures_do_not_stop_a_search(few, tmp_path):

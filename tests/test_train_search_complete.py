@@ -84,6 +84,7 @@ def test_a_search_of_twelve_candidates_and_two_rounds(searched):
     assert result.status == 0 and complaints(result) == [], result
     names = ['', '.0', '.1', '.2', '.final']
     assert files(folder) == sorted([f'arch_pool{name}' for name in names] + [f'arch_pool.perf{name}' for name in names]
+                                   + ['arch_pool.pareto', 'arch_pool.pareto.perf']
                                    + ['checkpoint.pt', 'metrics.jsonl', 'results.0.jsonl'])
     new = [line['new'] for line in metrics(folder) if line['kind'] == 'new']
     assert min(new) >= 1 and max(new) <= 5

@@ -95,13 +95,15 @@ def training(directory, *tests, **args):
                      arch=args.get('fixed_arc', ONE_NODE))
 
 
-def search(directory, *rounds, ranked=(), **args):
-    """A made-up search, with the accuracies of the pool in each of its scorings, 0-1."""
+def search(directory, *rounds, ranked=(), multiply_adds=(), **args):
+    """A made-up search, with the accuracies of the pool in each of its scorings, 0-1; multiply_adds: of the last one."""
     arch, records = ONE_NODE, []
     for number, accuracies in enumerate(rounds, start=1):
         records += [{'kind': 'score', 'epoch': number, 'accuracies': accuracies, 'best_arch': arch},
                     {'kind': 'controller', 'search_epoch': number, 'pairwise_accuracy': 0.9, 'hamming_distance': 0.01},
                     {'kind': 'new', 'epoch': number, 'new': 2, 'per_lambda': {'1': 1, '2.5': 1}}]
+    if multiply_adds:
+        records[-3]['multiply_adds'] = multiply_adds
     records += [{'kind': 'rank', 'index': index, 'accuracy': accuracy, 'arch': arch} for index, accuracy in enumerate(ranked)]
     for number, record in enumerate(records, start=1):
         record['seconds'] = 100.0 * number

@@ -187,14 +187,19 @@ def ranking(axes: Axes, of: list[Line]) -> None:
 
 
 def pareto(axes: Axes, of: list[Line]) -> None:
-    """Accuracy against multiply-adds: the architectures that no other of the pool beats in both."""
+    """Accuracy against multiply-adds: the pool as it was last measured, and those that no other of it beats in both."""
     values = []
     for line in of:
         for run in line.series.runs:
+            for record in run.records('score')[-1:]:
+                costs = [cost / 1e6 for cost in record.get('multiply_adds', ())]  # which older versions did not record
+                values.append([100 * accuracy for accuracy in record['accuracies']][:len(costs)])
+                axes.scatter(costs, values[-1], color=line.colour, s=12, alpha=0.3, linewidth=0)
             accuracies, madds = zip(*((100 * accuracy, cost / 1e6) for accuracy, cost in run.pareto), strict=True)
             axes.plot(madds, accuracies, 'o-', drawstyle='steps-post', color=line.colour, markersize=4)
             values.append(accuracies)
-    finish(axes, 'accuracy and cost: the Pareto front', 'multiply-adds of one image (millions)', 'accuracy (%)', values, 100)
+    finish(axes, 'accuracy and cost: the Pareto front', 'multiply-adds of one image (millions)', 'accuracy (%)', values, 100,
+           share=40)
 
 
 def several(kind: str) -> Callable[[RunFiles], bool]:
