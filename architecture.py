@@ -18,9 +18,10 @@ from operations import OPERATIONS, SEARCH_SPACES
 
 ALL_OPERATIONS = range(len(OPERATIONS))
 
-PUBLISHED: dict[str, str] = {  # the architectures that the paper reports; the training scripts spell them out to be edited
+PUBLISHED: dict[str, str] = {  # the architectures that the papers report; the training scripts spell them out to be edited
     'NAONet_A': '0 7 1 15 2 8 1 7 0 6 1 7 0 8 4 7 1 5 0 7 0 7 1 13 0 6 0 14 0 9 1 10 0 14 2 6 1 11 0 7',
     'NAONet_B': '0 1 0 2 0 1 2 2 1 3 0 2 4 0 1 3 2 1 0 3 1 1 1 0 2 1 2 4 1 0 2 3 3 1 2 2 0 2 0 2',
+    'NAONet_V2': '1 1 0 1 2 4 0 0 0 0 2 1 0 0 0 2 0 3 0 0 0 2 0 2 2 2 1 0 0 0 0 1 0 0 0 3 0 0 0 1',
 }
 
 
@@ -110,8 +111,8 @@ def read_pool(path: str | Path, nodes: int | None = None, operations: range = AL
 
 
 def read(arch: str, index: int = 0, nodes: int | None = None) -> Architecture:
-    """The architecture that a user names: a line of integers, NAONet_A, NAONet_B, or a pool file of which `index` picks
-    the line from 0.
+    """The architecture that a user names: a line of integers, one of PUBLISHED, or a pool file of which `index` picks the
+    line from 0.
 
     Raises ArchitectureError.
     """

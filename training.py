@@ -336,8 +336,8 @@ def log_start(run: Run, train_batches: Iterable, eval_batches: Iterable, model: 
 def add_network_flags(parser: Parser, layers: int, channels: int, keep_prob: float, drop_path: float) -> None:
     """The flags of a fixed architecture's network."""
     group = parser.add_argument_group('network')
-    group.add_argument('--fixed_arc', '--arch', metavar='ARCH', help='the architecture: a line of integers, NAONet_A, NAONet_B '
-                       'or the path of an arch_pool file')
+    group.add_argument('--fixed_arc', '--arch', metavar='ARCH', help='the architecture: a line of integers, '
+                       f'{", ".join(architecture.PUBLISHED)} or the path of an arch_pool file')
     add(group, 'arc_index', 'which line of the arch_pool file, from 0', 0, type=COUNT)
     add(group, 'layers', 'normal cells before, between and after the reduction cells', layers, type=LAYERS)
     add(group, 'nodes', 'nodes of a cell (default: as many as the architecture has)', type=NODES)

@@ -30,6 +30,7 @@ DATA = Path(__file__).resolve().parent / 'data'
 
 NAONET_A = '0 7 1 15 2 8 1 7 0 6 1 7 0 8 4 7 1 5 0 7 0 7 1 13 0 6 0 14 0 9 1 10 0 14 2 6 1 11 0 7'
 NAONET_B = '0 1 0 2 0 1 2 2 1 3 0 2 4 0 1 3 2 1 0 3 1 1 1 0 2 1 2 4 1 0 2 3 3 1 2 2 0 2 0 2'
+NAONET_V2 = '1 1 0 1 2 4 0 0 0 0 2 1 0 0 0 2 0 3 0 0 0 2 0 2 2 2 1 0 0 0 0 1 0 0 0 3 0 0 0 1'
 TINY = '0 4 1 0 0 3 1 4'  # one node a cell
 TIMEOUT = 240  # seconds that a program may take before a test fails; generous, as machines are shared
 

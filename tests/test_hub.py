@@ -26,7 +26,7 @@ def with_flipped(images):
 
 @pytest.mark.parametrize(('entry', 'parameters'), [
     (hubconf.naonet_a_36, 11_470_150), (hubconf.naonet_a_128, 144_576_394), (hubconf.naonet_b_36, 2_921_302),
-    (hubconf.naonet_a_imagenet, 11_353_831)])
+    (hubconf.naonet_a_imagenet, 11_353_831), (hubconf.naonet_v2_36, 4_387_654), (hubconf.naonet_v2_imagenet, 7_026_850)])
 def test_entries_have_the_published_sizes(entry, parameters):
     with torch.device('meta'):
         assert model.count_parameters(entry()) == parameters

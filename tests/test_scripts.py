@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import NAONET_A, NAONET_B, ROOT, TIMEOUT, files, load, metrics, wait_until
+from helpers import NAONET_A, NAONET_B, NAONET_V2, ROOT, TIMEOUT, files, load, metrics, wait_until
 
 TRAINING = {  # script: (output directory, flags that the published setting has)
     'train_NAONet_A_36_cifar10.sh': ('exp/NAONet_A_36_cifar10', NAONET_A, {
@@ -22,6 +22,17 @@ TRAINING = {  # script: (output directory, flags that the published setting has)
     'train_NAONet_B_36_cifar10.sh': ('exp/NAONet_B_36_cifar10', NAONET_B, {
         'channels': '36', 'l2_reg': '0.0003', 'keep_prob': '0.6', 'drop_path_keep_prob': '0.8', 'cutout_size': '16',
         'use_aux_head': 'True', 'epochs': '600', 'layers': '6'}),
+}
+UNTRAINED = {  # those that no test here trains
+    'train_NAONet_V2_36_cifar10.sh': ('exp/NAONet_V2_36_cifar10', NAONET_V2, {
+        'channels': '36', 'l2_reg': '0.0005', 'keep_prob': '0.6', 'drop_path_keep_prob': '0.8', 'cutout_size': '16',
+        'use_aux_head': 'True', 'epochs': '600', 'layers': '6'}),
+    **{f'train_NAONet_{name}_imagenet{cards}.sh': (f'exp/NAONet_{name}_imagenet', arch, {
+        'channels': channels, 'batch_size': batch_size, 'lr': lr, 'epochs': '250', 'layers': '4', 'l2_reg': '3e-5',
+        'gamma': '0.97', 'decay_period': '1', 'label_smooth': '0.1', 'grad_clip': '5', 'keep_prob': '1',
+        'drop_path_keep_prob': '1', 'use_aux_head': 'True'})
+       for name, arch, channels in (('A', NAONET_A, '42'), ('V2', NAONET_V2, '52'))
+       for cards, batch_size, lr in (('', '128', '0.1'), ('_4cards', '512', '0.4'))},
 }
 SEARCH = 'train_search_NAO-WS_cifar10.sh'
 TINY_TRAINING = ['--dataset=digits', '--device=cpu', '--channels=4', '--layers=1', '--epochs=1', '--batch_size=500',
@@ -82,9 +93,9 @@ def test_a_second_run_goes_on_and_appends_to_the_log(trained):
     assert [line['epoch'] for line in metrics(output_dir)] == [1, 2]
 
 
-@pytest.mark.parametrize('name', TRAINING)
+@pytest.mark.parametrize('name', TRAINING | UNTRAINED)
 def test_a_training_script_has_the_published_setting(name, tmp_path):
-    output_dir, arch, flags = TRAINING[name]
+    output_dir, arch, flags = (TRAINING | UNTRAINED)[name]
     result = script(name, cwd=tmp_path, **echo(tmp_path))
     assert result.returncode == 0, result
     arguments = re.findall(r'^argument: (.*)$', result.stdout, re.M)

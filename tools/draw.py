@@ -15,7 +15,7 @@ from pathlib import Path
 import runs
 
 import flags
-from architecture import Architecture, nodes_of, unread_states
+from architecture import PUBLISHED, Architecture, nodes_of, unread_states
 from operations import OPERATIONS
 
 INPUTS = ('previous-previous cell', 'previous cell')
@@ -127,7 +127,8 @@ def describe(arch: Architecture, layers: int, channels: int) -> str:
 def main() -> None:
     """Draw, or print the text that the flags ask for."""
     parser = flags.Parser('Draw an architecture, its normal and its reduction cell side by side.', 'ARCH')
-    parser.add_argument('arch', metavar='ARCH', help='a line of integers, NAONet_A, NAONet_B, or the path of an arch_pool file')
+    parser.add_argument('arch', metavar='ARCH', help='a line of integers, '
+                        f'{", ".join(PUBLISHED)} or the path of an arch_pool file')
     parser.add_argument('--arc_index', type=flags.COUNT, default=0, help='which line of the arch_pool file, from 0')
     parser.add_argument('-o', '--output', type=Path, metavar='FILE', help='what to write: FILE.svg, FILE.png or FILE.pdf')
     parser.add_argument('--dot', action='store_true', help='print the DOT text')

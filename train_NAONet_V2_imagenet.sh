@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trains NAONet-V2 on ImageNet, one GPU (published: 25.5 % top-1, 8.2 % top-5 error).
+#   bash train_NAONet_V2_imagenet.sh [FLAG...]     on N GPUs: --batch_size=$((128*N)) --lr=0.1·N
+MODEL=${MODEL:-NAONet_V2_imagenet}
+OUTPUT_DIR=${OUTPUT_DIR:-exp/$MODEL}
+DATA_DIR=${DATA_DIR:-imagenet/raw-data}
+fixed_arc=${fixed_arc:-"1 1 0 1 2 4 0 0 0 0 2 1 0 0 0 2 0 3 0 0 0 2 0 2 2 2 1 0 0 0 0 1 0 0 0 3 0 0 0 1"}
+
+# shellcheck source=tools/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
+run train_imagenet.py --data="$DATA_DIR" --fixed_arc="$fixed_arc" --batch_size=128 --lr=0.1 --eval_batch_size=128 \
+  --epochs=250 --layers=4 --channels=52 --gamma=0.97 --decay_period=1 --l2_reg=3e-5 --label_smooth=0.1 \
+  --grad_clip=5.0 --keep_prob=1.0 --drop_path_keep_prob=1.0 --use_aux_head "$@"
