@@ -9,6 +9,6 @@ fixed_arc=${fixed_arc:-"0 7 1 15 2 8 1 7 0 6 1 7 0 8 4 7 1 5 0 7 0 7 1 13 0 6 0 
 
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
-run train_cifar.py --data="$DATA_DIR" --dataset=cifar10 --fixed_arc="$fixed_arc" \
+run_seeds train_cifar.py --data="$DATA_DIR" --dataset=cifar10 --fixed_arc="$fixed_arc" \
   --batch_size=128 --eval_batch_size=500 --epochs=600 --layers=6 --channels=36 --cutout_size=16 \
   --grad_bound=5.0 --lr_max=0.025 --lr_min=0.0 --keep_prob=0.6 --drop_path_keep_prob=0.8 --l2_reg=3e-4 --use_aux_head "$@"

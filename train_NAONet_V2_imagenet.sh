@@ -8,6 +8,6 @@ fixed_arc=${fixed_arc:-"1 1 0 1 2 4 0 0 0 0 2 1 0 0 0 2 0 3 0 0 0 2 0 2 2 2 1 0 
 
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
-run train_imagenet.py --data="$DATA_DIR" --fixed_arc="$fixed_arc" --batch_size=128 --lr=0.1 --eval_batch_size=128 \
+run_seeds train_imagenet.py --data="$DATA_DIR" --fixed_arc="$fixed_arc" --batch_size=128 --lr=0.1 --eval_batch_size=128 \
   --epochs=250 --layers=4 --channels=52 --gamma=0.97 --decay_period=1 --l2_reg=3e-5 --label_smooth=0.1 \
   --grad_clip=5.0 --keep_prob=1.0 --drop_path_keep_prob=1.0 --use_aux_head "$@"

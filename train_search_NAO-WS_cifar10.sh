@@ -8,7 +8,7 @@ DATA_DIR=${DATA_DIR:-data}
 
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
-run train_search.py --data="$DATA_DIR" --dataset=cifar10 \
+run_seeds train_search.py --data="$DATA_DIR" --dataset=cifar10 \
   --child_batch_size=64 --child_eval_batch_size=500 --child_epochs=150 --child_layers=3 --child_nodes=5 \
   --child_channels=20 --child_eval_epochs=30 --child_lr_max=0.025 --child_lr_min=0.001 --child_keep_prob=1.0 \
   --child_drop_path_keep_prob=0.9 --child_l2_reg=3e-4 --controller_seed_arch=600 --controller_new_arch=300 "$@"

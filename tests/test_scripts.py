@@ -46,7 +46,7 @@ SCRIPTS = [path.relative_to(ROOT) for folder in ('.', 'tests', 'tools') for path
 def environment(**variables):
     kept = {name: value for name, value in os.environ.items()
             if name not in ('MODEL', 'OUTPUT_DIR', 'DATA_DIR', 'fixed_arc', 'VIRTUAL_ENV', 'CONDA_PREFIX',
-                            'CUDA_VISIBLE_DEVICES', 'LAUNCH')}
+                            'CUDA_VISIBLE_DEVICES', 'LAUNCH', 'SEEDS')}
     return kept | {'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'} | variables
 
 
@@ -125,6 +125,26 @@ def test_variables_override_what_a_script_starts_with_and_flags_pass_through(nam
         assert f'argument: {argument}\n' in result.stdout
     other = script(name, cwd=tmp_path, MODEL='mine', PYTHON=str(tmp_path / 'bin' / 'python'))
     assert 'argument: --output_dir=exp/mine\n' in other.stdout
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in ROOT.glob('train_*.sh')))
+def test_several_seeds_run_one_after_the_other_into_places_of_their_own(name, tmp_path):
+    result = script(name, '--epochs=1', cwd=tmp_path, SEEDS='0 12', OUTPUT_DIR='my output', **echo(tmp_path))
+    assert result.returncode == 0, result
+    arguments = re.findall(r'^argument: (--(?:output_dir|seed|epochs)=.*)$', result.stdout, re.M)
+    wanted = [[f'--output_dir=my output/seed{seed}', '--epochs=1', f'--seed={seed}'] for seed in (0, 12)]
+    assert [argument for argument in arguments if argument not in ('--epochs=600', '--epochs=250')] == sum(wanted, [])
+    for flags in (['--seed=3'], ['--output_dir', 'out']):
+        refused = script(name, *flags, cwd=tmp_path, SEEDS='0 1', PYTHON=str(tmp_path / 'bin' / 'python'))
+        assert refused.returncode == 2 and 'OUTPUT_DIR' in refused.stderr and 'argument' not in refused.stdout
+
+
+def test_a_seed_that_fails_ends_the_script(tmp_path):
+    program = tmp_path / 'python'
+    program.write_text('#!/bin/sh\necho "$*"\ncase "$*" in *--seed=1) exit 3 ;; esac\n')
+    program.chmod(0o755)
+    result = script(SEARCH, cwd=tmp_path, PYTHON=str(program), SEEDS='0 1 2')
+    assert result.returncode == 3 and re.findall(r'--seed=(\d)', result.stdout) == ['0', '1']
 
 
 @pytest.mark.parametrize('name', ['train_NAONet_A_imagenet.sh', SEARCH])

@@ -51,3 +51,17 @@ run() {
   case " $* " in *' --help '* | *' -h '*) ;; *) if type -P nvidia-smi >/dev/null; then nvidia-smi || true; fi ;; esac
   launch "$root/$program" --output_dir="$OUTPUT_DIR" "$@"
 }
+
+# run_seeds PROGRAM FLAG...: `run`, or with $SEEDS, such as "0 1 2", a run of each one after the other, to $OUTPUT_DIR/seedN.
+run_seeds() {
+  local base=$OUTPUT_DIR seed
+  [ -n "${SEEDS:-}" ] || { run "$@"; return; }
+  case " $* " in *' --seed'[=\ ]* | *' --output_dir'[=\ ]*)
+    echo 'error: with SEEDS each run has its own --seed and --output_dir; OUTPUT_DIR=DIR says where all of them are' >&2
+    exit 2 ;;
+  esac
+  for seed in $SEEDS; do
+    OUTPUT_DIR=$base/seed$seed
+    run "$@" --seed="$seed"
+  done
+}
