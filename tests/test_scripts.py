@@ -132,8 +132,9 @@ def test_several_seeds_run_one_after_the_other_into_places_of_their_own(name, tm
     result = script(name, '--epochs=1', cwd=tmp_path, SEEDS='0 12', OUTPUT_DIR='my output', **echo(tmp_path))
     assert result.returncode == 0, result
     arguments = re.findall(r'^argument: (--(?:output_dir|seed|epochs)=.*)$', result.stdout, re.M)
-    wanted = [[f'--output_dir=my output/seed{seed}', '--epochs=1', f'--seed={seed}'] for seed in (0, 12)]
-    assert [argument for argument in arguments if argument not in ('--epochs=600', '--epochs=250')] == sum(wanted, [])
+    wanted = [argument for seed in (0, 12)
+              for argument in (f'--output_dir=my output/seed{seed}', '--epochs=1', f'--seed={seed}')]
+    assert [argument for argument in arguments if argument not in ('--epochs=600', '--epochs=250')] == wanted
     for flags in (['--seed=3'], ['--output_dir', 'out']):
         refused = script(name, *flags, cwd=tmp_path, SEEDS='0 1', PYTHON=str(tmp_path / 'bin' / 'python'))
         assert refused.returncode == 2 and 'OUTPUT_DIR' in refused.stderr and 'argument' not in refused.stdout
