@@ -51,13 +51,16 @@ RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB = 0.6, 0.8  # of the final trainings fr
 
 NETWORK_FLAGS = '--child_channels, --child_layers, --child_nodes, --search_space and --controller_*'  # that decide parameters
 
-METHODS = ('NAO-WS', 'NAO')
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     'NAO-WS': {'search_space': 'small'},
+    'NAO-V2': {'search_space': 'small', 'child_epochs': 50, 'child_sampling': 'parameters', 'controller_seed_arch': 1000,
+               'controller_expand': 10, 'controller_l2_reg': 0.0, 'controller_encoder_emb_size': 32,
+               'controller_encoder_hidden_size': 64, 'controller_decoder_hidden_size': 64, 'controller_mlp_layers': 0},
     'NAO': {'search_space': 'large', 'child_batch_size': 128, 'child_epochs': 25, 'child_lr_epochs': 100, 'child_channels': 32,
             'child_lr_max': 0.024, 'child_lr_min': 0.0, 'child_l2_reg': 5e-4, 'child_drop_path_keep_prob': 0.7,
             'child_use_aux_head': True, 'controller_lambdas': (10, 20, 30)},
 }
+SAMPLING = ('uniform', 'parameters')  # how a supernet's step draws its architecture
 NO_EFFECT = (  # flags of the reference that do nothing
     'mode', 'controller_optimizer', 'controller_source_length', 'controller_encoder_length', 'controller_encoder_vocab_size',
     'controller_decoder_length', 'controller_decoder_vocab_size')
@@ -94,7 +97,7 @@ def eval_epochs(text: str) -> int | list[int]:
 CHILD_FLAGS = (  # name, type, default, help
     ('batch_size', BATCH, 64, 'images per step'),
     ('eval_batch_size', POSITIVE_INT, 500, 'validation images that an architecture is scored on'),
-    ('epochs', POSITIVE_INT, 150, 'how often all images of the training split are seen'),
+    ('epochs', POSITIVE_INT, 150, 'how often all images of the training split are seen; NAO-V2: in each iteration'),
     ('layers', LAYERS, 3, 'normal cells before, between and after the reduction cells'),
     ('nodes', NODES, 5, 'nodes of a cell'),
     ('channels', CHANNELS, 20, 'channels of the first cells'),
@@ -111,7 +114,7 @@ CHILD_FLAGS = (  # name, type, default, help
     ('keep_prob', KEEP, 1.0, '1 - dropout before the classifier'),
     ('drop_path_keep_prob', KEEP, 0.9, '1 - drop path of the last cell at the end'),
     ('l2_reg', NOT_NEGATIVE, 3e-4, 'weight decay'),
-    ('eval_epochs', eval_epochs, 30, 'score every N epochs, or after the epochs of a list such as [30,60]'),
+    ('eval_epochs', eval_epochs, 30, 'NAO-WS: score every N epochs, or after the epochs of a list such as [30,60]'),
     ('arch_pool', str, None, 'path of a pool file to start from (default: random architectures)'),
     ('results', str, None, 'NAO: path of a results.*.jsonl of a search with the same seed and sizes: what it has trained is '
      'not trained again'),
@@ -122,7 +125,7 @@ CONTROLLER_FLAGS = (
     ('seed_arch', POOL, 600, 'architectures in the pool'),
     ('new_arch', POOL, 300, 'new architectures a round'),
     ('expand', POSITIVE_INT, None, 'N: write N-1 copies of each architecture with swapped operands and hold 10 %% out '
-     '(default: swap anew in each epoch, hold none out)'),
+     '(default: swap anew in each epoch, hold none out; NAO-V2: 10)'),
     ('epochs', POSITIVE_INT, PAPER.epochs, 'epochs of a fit'),
     ('later_updates', COUNT, PAPER.later_updates, 'gradient steps of the fits after the first; 0: all epochs again'),
     ('predictor_updates', COUNT, PAPER.predictor_updates, 'steps after each fit in which the predictor alone is fitted anew, '
@@ -154,15 +157,15 @@ CONTROLLER_FLAGS = (
 
 def parse_args() -> argparse.Namespace:
     """A search's flags; --method and --controller_preset choose the defaults of others. Raises UserError."""
-    parser = Parser('Search for an architecture by NAO-WS or NAO.')
+    parser = Parser('Search for an architecture by NAO-WS, NAO-V2 or NAO.')
     add_run_flags(parser, output_dir='exp/search_cifar10')
-    add(parser, 'method', 'NAO-WS: with weight sharing; NAO: every candidate is trained on its own', 'NAO-WS',
-        choices=METHODS)
-    add(parser, 'search_space', 'operations to choose from: small for NAO-WS, large for NAO',
+    add(parser, 'method', 'NAO-WS: with weight sharing; NAO-V2: the same, in iterations that train on new architectures alone; '
+        'NAO: every candidate is trained on its own', 'NAO-WS', choices=METHOD_DEFAULTS)
+    add(parser, 'search_space', 'operations to choose from: small for NAO-WS and NAO-V2, large for NAO',
         choices=architecture.SEARCH_SPACES)
     add(parser, 'proposer', 'who proposes new architectures: the controller, or the baselines random search and regularised '
         'evolution', 'controller', choices=PROPOSERS)
-    add(parser, 'rounds', 'NAO: rounds of new candidates after the first', 3, type=COUNT)
+    add(parser, 'rounds', 'NAO, NAO-V2: rounds of new architectures after the first', 3, type=COUNT)
     datasets.add_flags(parser, others=['imagenet'])
     add(parser, 'train_images', 'use so many of the training images, drawn by the seed, as many of each class as it goes',
         type=BATCH)
@@ -173,6 +176,8 @@ def parse_args() -> argparse.Namespace:
     for name, kind, default, text in CHILD_FLAGS:
         add(group, f'child_{name}', text, default, type=kind)
     add(group, 'child_use_aux_head', 'train with the auxiliary head', False, action=argparse.BooleanOptionalAction)
+    add(group, 'child_sampling', "NAO-WS, NAO-V2: an architecture is drawn for a step uniformly, or by its network's number of "
+        'parameters', 'uniform', choices=SAMPLING)
     add_controller_flags(parser)
     costs.add_flags(parser)
     first = early_flags('method', 'dataset')
@@ -198,7 +203,7 @@ def add_controller_flags(parser: Parser, without: Collection[str] = ()) -> None:
     add(group, 'controller_loss', 'of the prediction', PAPER.loss, choices=controller.LOSSES)
     group.add_argument('--controller_lambdas', type=lambdas, default=PAPER.lambdas, metavar='[λ,...]',
                        help='step sizes of the ascent, until there are enough new architectures (default: [1,2,...,50] for '
-                       'NAO-WS, [10,20,30] for NAO)')
+                       'NAO-WS and NAO-V2, [10,20,30] for NAO)')
     add(group, 'controller_preset', 'best: values of these flags that find good architectures with fewer evaluations', 'paper',
         choices=controller.PRESETS)
 
@@ -227,7 +232,7 @@ def check_controller(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError if a search's flags do not go together."""
-    if args.method == 'NAO-WS' and args.search_space != 'small':
+    if args.method != 'NAO' and args.search_space != 'small':
         raise UserError(f'--search_space={args.search_space}: the weight-sharing network has the operations of the small '
                         'space; use --method=NAO for others')
     check_controller(args)
@@ -236,7 +241,7 @@ def check(args: argparse.Namespace) -> None:
     if args.child_results and not Path(args.child_results).is_file():
         raise UserError(f'--child_results={args.child_results}: there is no such file')
     listed = args.child_eval_epochs if isinstance(args.child_eval_epochs, list) else []
-    if listed and max(listed) > args.child_epochs:
+    if args.method == 'NAO-WS' and listed and max(listed) > args.child_epochs:
         raise UserError(f'--child_eval_epochs names epoch {max(listed)}, but there are {args.child_epochs} epochs')
 
 
@@ -332,7 +337,7 @@ def open_small_images(args: argparse.Namespace, run: Run) -> Task:
     ranking = {
         'build': partial(build, args, NASNetworkCIFAR, len(data.classes), RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB,
                          data.size >= AUX_HEAD_IMAGE),
-        'steps': args.child_epochs * len(train_batches(run)),
+        'steps': args.child_epochs * (args.rounds + 1 if args.method == 'NAO-V2' else 1) * len(train_batches(run)),
         'options': {'epochs': args.child_rank_epochs, 'lr': cosine_of(args, args.child_rank_epochs)}}
     return Task(
         len(data.classes), data.size, NASWSNetworkCIFAR, NASNetworkCIFAR, train_batches, valid_batches,
@@ -376,6 +381,12 @@ def build(args: argparse.Namespace, network: type[FixedNetwork], classes: int, k
     """The network of an architecture in the search's size; steps: those that drop path's schedule counts."""
     return network(classes, args.child_layers, args.child_nodes, args.child_channels, keep_prob, drop_path_keep_prob,
                    use_aux_head, steps, arch)
+
+
+def parameter_counter(args: argparse.Namespace, task: Task) -> Callable[[Architecture], int]:
+    """What counts the parameters of an architecture's network in the search's size, the auxiliary head left out."""
+    count = costs.counter(costs.Size(task.network, args.child_layers, args.child_channels, task.classes, task.image_size))
+    return lambda arch: count(arch).parameters
 
 
 def rank_recipe(args: argparse.Namespace, task: Task) -> Recipe:

@@ -1,14 +1,16 @@
-"""Search for an architecture by NAO-WS or by NAO, the complete way (paper, section 3 and appendix; Algorithm 1).
+"""Search for an architecture by NAO-WS or by NAO, the complete way (paper, section 3 and appendix; Algorithm 1), or by NAO-V2.
 
     python train_search.py --output_dir=exp/search_cifar10       # search; again: goes on where it stopped
+    python train_search.py --method=NAO-V2 --output_dir=exp/v2   # the authors' later recipe (arXiv:1909.10815)
     python train_search.py --method=NAO --output_dir=exp/nao     # every candidate is trained on its own
     torchrun --nproc_per_node=4 train_search.py ...              # on four GPUs; --nnodes for several machines
     python train_cifar.py --fixed_arc=exp/search_cifar10/arch_pool.final --use_aux_head --cutout_size=16
 
 NAO-WS: a supernet trains on random architectures of a pool; now and then every architecture of the pool is scored, the
 controller learns which are good and writes new ones, which replace the worst; at last the best are trained from scratch and
-ranked. NAO: every candidate is trained on its own, the controller learns from all results so far, and what it writes are the
-next candidates. `next_phase` says what follows what; a checkpoint, written after each phase, says which one comes next.
+ranked. NAO-V2: the same in iterations, each of which trains on the new ones alone and then scores all so far. NAO: every
+candidate is trained on its own, the controller learns from all results so far, and what it writes are the next candidates.
+`next_phase` says what follows what; a checkpoint, written after each phase, says which one comes next.
 """
 
 import argparse
@@ -42,6 +44,7 @@ def next_phase(search: 'Search') -> str:
     measure: `train` the supernet on the pool, then `score` the pool with it, or `evaluate`: train each candidate on its own;
     learn: `fit` encoder, predictor and decoder to the accuracies; improve: `propose` new architectures, by ascending the
     predicted accuracy from the best; and so on. At last `rank` the best: with weight sharing by training them from scratch.
+    NAO-V2's iterations are these phases too; what differs is which architectures `train` draws and `score` scores.
 
     search.phase is that which was just done; in checkpoints, where the search goes on, it is the next one.
     """
@@ -57,11 +60,11 @@ def next_phase(search: 'Search') -> str:
 
 
 class Search:
-    """What both methods share: the pool, the controllers that learn from it, new architectures, the final ranking.
+    """What all methods share: the pool, the controllers that learn from it, new architectures, the final ranking.
 
     A phase is a method of this class. A method of searching brings those that measure the pool, and: is_over (no new
-    architectures are wanted any more), wanted (how many are), replace (take them in), number (what this round's files are
-    called by), progress (for the log), fitted (how many architectures each fit to come will know), log_start.
+    architectures are wanted any more), wanted (how many are), replace (take them in), number (how far it is, in epochs or
+    rounds), progress (for the log), measured (how many architectures there are each time that all are measured), log_start.
     """
 
     phases: tuple[str, ...]  # those of a round, in order, and the last one
@@ -170,6 +173,10 @@ class Search:
 
     # The pool.
 
+    def name(self) -> int:
+        """What this round's files are called by."""
+        return self.number()
+
     def share_controllers(self) -> None:
         """Give the first process's controllers to all."""
         for nao in self.naos:
@@ -184,10 +191,10 @@ class Search:
             write_lines(self.run.output_dir / f'arch_pool.perf{suffix}', accuracies)
 
     def sort_pool(self, accuracies: Sequence[float], what: str) -> None:
-        """Sort the pool by its accuracies, best first, and write it as arch_pool and arch_pool.NUMBER."""
+        """Sort the pool by its accuracies, best first, and write it as arch_pool and arch_pool.NAME."""
         order = sorted(range(len(self.pool)), key=lambda index: -accuracies[index])
         self.pool, self.accuracies, self.born = ([values[i] for i in order] for values in (self.pool, accuracies, self.born))
-        for suffix in (f'.{self.number()}', ''):
+        for suffix in (f'.{self.name()}', ''):
             self.write_pool(suffix, self.pool, self.accuracies)
         madds = [self.budget.count(arch).madds for arch in self.pool]
         front = costs.pareto(self.accuracies, madds)
@@ -209,7 +216,7 @@ class Search:
         parts = [search_cost.ranking(self.run, recipe, step, count)]
         if self.after_measuring == 'fit':
             tokens = self.vocabulary.tokens(self.pool[:self.settings.batch_size], self.run.device)
-            parts.append(search_cost.fits(self.run, self.naos[0], tokens, self.settings, self.fitted(),
+            parts.append(search_cost.fits(self.run, self.naos[0], tokens, self.settings, self.measured()[:-1],
                                           self.args.controller_expand))
         return parts
 
@@ -218,7 +225,7 @@ class Search:
         return Known(self.pool, self.accuracies, self.born, self.vocabulary, self.run.generators['search'], self.naos,
                      self.settings, self.budget)
 
-    # The phases that both methods share.
+    # The phases that all methods share.
 
     def fit(self) -> None:
         """Fit the controllers to the pool and its accuracies (paper, section 3.2-3.3)."""
@@ -242,7 +249,7 @@ class Search:
         self.run.write_metrics(kind='new', epoch=self.number(), new=len(lines), per_lambda=notes.get('written per λ', {}))
         born = max(self.born) + 1
         self.replace([architecture.parse(line) for line in lines])
-        self.rounds.append([self.number(), born])
+        self.rounds.append([self.name(), born])
         self.born = self.born + list(range(born, born + len(lines)))
         self.write_pool('', self.pool)
 
@@ -267,6 +274,7 @@ class WeightSharingSearch(Search):
     phases = ('train', 'score', 'fit', 'propose', 'rank')
     fields = Search.fields | {'epoch': int, 'step': int}
     extent, unit = 'child_epochs', 'after epochs'
+    began = 0  # the epoch at which learning rate and drop path began
 
     def __init__(self, args: argparse.Namespace, run: Run):
         super().__init__(args, run)
@@ -275,6 +283,7 @@ class WeightSharingSearch(Search):
             self.task.classes, args.child_layers, args.child_nodes, args.child_channels, args.child_keep_prob,
             args.child_drop_path_keep_prob, args.child_use_aux_head, args.child_epochs * len(self.batches)))
         self.optimizer = training.sgd(run, self.supernet, args.child_l2_reg)
+        self.parameters = search_setup.parameter_counter(args, self.task)
         self.epoch, self.step = 0, 0
 
     def is_scored(self, epoch: int) -> bool:
@@ -282,18 +291,36 @@ class WeightSharingSearch(Search):
         every = self.args.child_eval_epochs
         return epoch >= self.args.child_epochs or (epoch in every if isinstance(every, list) else epoch % every == 0)
 
+    def epochs(self) -> int:
+        """The epochs of the whole search."""
+        return self.args.child_epochs
+
+    def trained_on(self) -> list[Architecture]:
+        """The architectures that the supernet trains on."""
+        return self.pool
+
+    def draw(self, pool: list[Architecture], count: int) -> list[Architecture]:
+        """Draw so many architectures of a pool, as --child_sampling says: uniformly, or by their networks' parameters."""
+        generator = self.run.generators['search']
+        if self.args.child_sampling == 'uniform':
+            chosen = torch.randint(len(pool), (count,), generator=generator)
+        else:
+            weights = torch.tensor([self.parameters(arch) for arch in pool], dtype=torch.float64)
+            chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
+        return [pool[index] for index in chosen.tolist()]
+
     def train(self) -> None:
-        """One epoch of the supernet, each step on an architecture drawn uniformly from the pool."""
-        args = self.args
-        if self.epoch >= args.child_epochs:  # it was resumed with fewer epochs
+        """One epoch of the supernet, each step on an architecture drawn from the pool."""
+        args, epoch, first = self.args, self.epoch - self.began, self.began * len(self.batches)
+        if epoch >= args.child_epochs:  # it was resumed with fewer epochs
             return
         self.supernet.train()
-        chosen = iter(torch.randint(len(self.pool), (len(self.batches),), generator=self.run.generators['search']).tolist())
+        drawn = iter(self.draw(self.trained_on(), len(self.batches)))
 
         def forward(images: torch.Tensor, step: int) -> tuple:
-            return self.parallel(images, self.pool[next(chosen)], step)
-        rate = self.task.lr(self.epoch)
-        title = f'epoch {self.epoch + 1}/{args.child_epochs}'
+            return self.parallel(images, next(drawn), step - first)
+        rate = self.task.lr(epoch)
+        title = f'epoch {self.epoch + 1}/{self.epochs()}'
         values, self.step = training.train_epoch(
             self.run, forward, self.optimizer, self.batches, title=title, lr=rate, step=self.step, clock=self.clock,
             grad_bound=args.child_grad_bound, label_smooth=self.task.label_smooth)
@@ -331,7 +358,7 @@ class WeightSharingSearch(Search):
         """Do phase after phase to the end."""
         self.run.part_ways()
         self.parallel = self.run.parallel(self.supernet, shares_weights=True)
-        self.clock = training.Clock(self.step, self.args.child_epochs * len(self.batches))
+        self.clock = training.Clock(self.step, self.epochs() * len(self.batches))
         super().go_on()
 
     def load(self) -> dict[str, Any] | None:
@@ -355,16 +382,16 @@ class WeightSharingSearch(Search):
         return [self.run.output_dir / f'checkpoint_{self.epoch}.pt'] * bool(kept) + super().checkpoints(after)
 
     def number(self) -> int:
-        """What this round's files are called by: epochs done."""
+        """How far the search is: epochs done."""
         return self.epoch
 
     def progress(self) -> str:
         """How far the search is, for the log."""
         return f'epoch {self.epoch}'
 
-    def fitted(self) -> list[int]:
-        """How many architectures the controllers will be fitted to, each time."""
-        return [len(self.pool) for epoch in range(1, self.args.child_epochs) if self.is_scored(epoch)]
+    def measured(self) -> list[int]:
+        """How many architectures there are each time that they are scored."""
+        return [len(self.pool) for epoch in range(1, self.args.child_epochs + 1) if self.is_scored(epoch)]
 
     def log_start(self) -> None:
         """Log sizes, arguments and the cost to come."""
@@ -376,25 +403,77 @@ class WeightSharingSearch(Search):
         step = search_cost.seconds_of_step(run, self.supernet, args.child_batch_size, valid.size, self.pool[0])
         score = search_cost.seconds_of_score(run, self.supernet, self.pool[0], min(args.child_eval_batch_size, valid.count),
                                              valid.size)
-        steps, scorings = len(self.batches), len(self.fitted()) + 1
+        steps, epochs, counts = len(self.batches), self.epochs(), self.measured()
+        scored = ' to '.join(map(str, sorted({counts[0], counts[-1]})))
         search_cost.log(
             run,
-            search_cost.Part(f'{args.child_epochs} epochs of {steps} steps', step, args.child_epochs * steps),
-            search_cost.Part(f'{scorings} scorings of {len(self.pool)} architectures', score, scorings * len(self.pool)),
-            *self.shared_cost(step, len(self.pool)))
+            search_cost.Part(f'{epochs} epochs of {steps} steps', step, epochs * steps),
+            search_cost.Part(f'{len(counts)} scorings of {scored} architectures', score, sum(counts)),
+            *self.shared_cost(step, counts[-1]))
 
 
-class CompleteSearch(Search):
+class Rounds:
+    """Mixin of methods that go in rounds: new architectures join all those before, and then all are known anew."""
+
+    extent = 'rounds'
+    round = 0  # how often new architectures have joined
+
+    def is_over(self) -> bool:
+        """Whether no new architectures are wanted any more: all rounds are done."""
+        return self.round >= self.args.rounds
+
+    def wanted(self) -> int:
+        """How many new architectures to ask for."""
+        return self.args.controller_new_arch
+
+    def replace(self, new: list[Architecture]) -> None:
+        """Add new architectures to the pool."""
+        self.pool, self.round, self.has_work = self.pool + new, self.round + 1, bool(new)
+
+    def name(self) -> int:
+        """What this round's files are called by."""
+        return self.round
+
+    def measured(self) -> list[int]:
+        """How many architectures there are each time that all are measured; at most."""
+        new = self.args.controller_new_arch
+        return [max(1, len(self.pool) + (index - self.round) * new) for index in range(self.args.rounds + 1)]
+
+
+class IteratedSearch(Rounds, WeightSharingSearch):
+    """NAO-V2 (arXiv:1909.10815): in each iteration the supernet trains on what is new alone, then scores all so far.
+
+    Learning rate and drop path begin anew in each iteration; the supernet's weights and momentum go on.
+    """
+
+    fields = WeightSharingSearch.fields | {'round': int, 'began': int}
+
+    def is_scored(self, epoch: int) -> bool:
+        """Whether all architectures are scored after so many epochs: the iteration is over."""
+        return epoch - self.began >= self.args.child_epochs
+
+    def epochs(self) -> int:
+        """The epochs of the whole search."""
+        return self.began + (max(0, self.args.rounds - self.round) + 1) * self.args.child_epochs
+
+    def trained_on(self) -> list[Architecture]:
+        """The architectures that the supernet trains on: those of this iteration."""
+        _, first = self.rounds[-1]
+        return [arch for arch, born in zip(self.pool, self.born, strict=True) if born >= first]
+
+    def replace(self, new: list[Architecture]) -> None:
+        """Add new architectures to the pool, and begin an iteration on them."""
+        super().replace(new)
+        self.began = self.epoch
+
+
+class CompleteSearch(Rounds, Search):
     """NAO, the complete way: each candidate is trained on its own, and the controller learns from all results so far."""
 
     phases = ('evaluate', 'fit', 'propose', 'rank')
     fields = Search.fields | {'round': int}
-    extent, unit = 'rounds', 'rounds'
+    unit = 'rounds'
     trains_best = False
-
-    def __init__(self, args: argparse.Namespace, run: Run):
-        super().__init__(args, run)
-        self.round = 0
 
     def evaluate(self) -> None:
         """Train the candidates that have no result yet, and sort all results."""
@@ -406,31 +485,14 @@ class CompleteSearch(Search):
         """What the best are ranked by: their own trainings."""
         return self.accuracies[:len(best)]
 
-    def is_over(self) -> bool:
-        """Whether no new architectures are wanted any more: all rounds are done."""
-        return self.round >= self.args.rounds
-
-    def wanted(self) -> int:
-        """How many new architectures to ask for."""
-        return self.args.controller_new_arch
-
-    def replace(self, new: list[Architecture]) -> None:
-        """Add new candidates to the pool."""
-        self.pool, self.round, self.has_work = self.pool + new, self.round + 1, bool(new)
-
     def number(self) -> int:
-        """What this round's files are called by."""
+        """How far the search is: rounds of new architectures."""
         return self.round
 
     def progress(self) -> str:
         """How far the search is, for the log."""
         results = candidates.read_results(self.run, 'candidate')
         return f'{sum(str(arch) in results for arch in self.pool)} of {len(self.pool)} architectures in round {self.round}'
-
-    def fitted(self) -> list[int]:
-        """How many architectures the controllers will be fitted to, each time; at most."""
-        new = self.args.controller_new_arch
-        return [max(1, len(self.pool) + (index - self.round) * new) for index in range(self.args.rounds)]
 
     def log_start(self) -> None:
         """Log the sizes of the first candidate, arguments and the cost to come."""
@@ -450,7 +512,7 @@ class CompleteSearch(Search):
             *self.shared_cost(step, count))
 
 
-SEARCHES: dict[str, type[Search]] = {'NAO-WS': WeightSharingSearch, 'NAO': CompleteSearch}
+SEARCHES: dict[str, type[Search]] = {'NAO-WS': WeightSharingSearch, 'NAO-V2': IteratedSearch, 'NAO': CompleteSearch}
 
 
 def main() -> None:
