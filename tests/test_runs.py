@@ -8,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tooling import (
     CHROMIUM,
     ONE_NODE,
     ROOT,
+    SEARCH,
     START,
     TRAINING,
     call,
@@ -26,6 +28,8 @@ from tooling import (
     training,
     write_run,
 )
+
+import search_setup
 
 DAMAGED = [b'null', b'5', b'[1]', b'{}', b'\xff\x00\xfe', b'{"kind": "score"}', b'{"kind": "epoch", "epoch": null}']
 
@@ -298,11 +302,24 @@ def test_changed_flags_are_marked(tmp_path):
 @needs_matplotlib
 @pytest.mark.parametrize(('args', 'words'), [
     ({'method': 'NAO-WS'}, 'search by NAO-WS (a weight-sharing network scores)'),
+    ({'method': 'NAO-V2'}, 'search by NAO-V2 (a weight-sharing network scores, in iterations)'),
     ({'method': 'NAO', 'proposer': 'evolution'}, 'new architectures by regularised evolution')])
 def test_methods_by_their_names(args, words, tmp_path):
     run = search(tmp_path / 'run', [0.5, 0.4], **args)
     output('tools/report.py', run)
     assert words in (run / 'report.html').read_text()
+
+
+def test_every_method_has_its_words():
+    assert tool('tools/runs.py').METHODS.keys() == search_setup.METHOD_DEFAULTS.keys()
+
+
+def test_a_search_by_nao_v2_counts_the_epochs_of_all_its_iterations(tmp_path):
+    records = [{'kind': 'epoch', 'epoch': number, 'lr': 0.1, 'train': {'loss': 1.0, 'top1': 50.0}, 'seconds': 1.0}
+               for number in (1, 2, 3)]
+    write_run(tmp_path / 'run', records, SEARCH | {'method': 'NAO-V2'}, model={'classifier.weight': torch.zeros(10, 1)})
+    row, = rows(tmp_path)
+    assert row[7] == '3/8'
 
 
 @needs_matplotlib

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import NAONET_A, NAONET_B, NAONET_V2, ROOT, TIMEOUT, files, load, metrics, wait_until
 
+from search_setup import METHOD_DEFAULTS
+
 TRAINING = {  # script: (output directory, flags that the published setting has)
     'train_NAONet_A_36_cifar10.sh': ('exp/NAONet_A_36_cifar10', NAONET_A, {
         'channels': '36', 'batch_size': '128', 'epochs': '600', 'layers': '6', 'cutout_size': '16',
@@ -115,6 +117,14 @@ def test_the_search_script_has_the_published_setting(tmp_path):
         assert f'argument: --{flag}\n' in result.stdout
 
 
+def test_the_script_of_nao_v2_spells_out_the_defaults_of_its_method(tmp_path):
+    result = script('train_search_NAO-V2_cifar10.sh', cwd=tmp_path, **echo(tmp_path))
+    given = dict(re.findall(r'^argument: --(\w+)=(.*)$', result.stdout, re.M))
+    assert given['output_dir'] == 'exp/search_V2_cifar10' and given['method'] == 'NAO-V2' and given['rounds'] == '3'
+    for name, value in METHOD_DEFAULTS['NAO-V2'].items():
+        assert name == 'search_space' or given[name] == str(value) or float(given[name]) == value, name
+
+
 @pytest.mark.parametrize('name', [*TRAINING, SEARCH])
 def test_variables_override_what_a_script_starts_with_and_flags_pass_through(name, tmp_path):
     variables = {'OUTPUT_DIR': str(tmp_path / 'my output'), 'DATA_DIR': 'my data', 'fixed_arc': 'some where/arch_pool.final'}
@@ -210,8 +220,7 @@ def test_one_gpu_scripts_take_one_gpu_unless_started_by_torchrun(visible, launch
     variables = {'PYTHON': str(program)} | ({'CUDA_VISIBLE_DEVICES': visible} if visible else {}) | (
         {'LAUNCH': launch} if launch else {})
     gpus = {'4cards': '0,1,2,3', 'imagenet.sh': ''}
-    for name in (*TRAINING, SEARCH, 'train_search_NAO_cifar10.sh', 'train_NAONet_A_imagenet.sh',
-                 'train_NAONet_A_imagenet_4cards.sh'):
+    for name in (*TRAINING, *UNTRAINED, SEARCH, 'train_search_NAO_cifar10.sh', 'train_search_NAO-V2_cifar10.sh'):
         default = next((value for part, value in gpus.items() if part in name), '0') if not (visible or launch) else wanted
         result = script(name, cwd=tmp_path, **variables)
         assert f'visible: {default}\n' in result.stdout, (name, result)

@@ -39,7 +39,9 @@ RECORDS = {  # what tools read in a line of metrics.jsonl, by its kind
 WORK = {'epoch': 'training', 'score': 'judging the pool', 'controller': 'fitting the controller',
         'new': 'new architectures', 'rank': 'training the best from scratch', 'final': 'testing'}  # by the kind of a record
 RUN_FILES = {'metrics.jsonl', 'checkpoint.pt', 'results.0.jsonl'}  # by one of which a directory is that of a run
-METHODS = {'NAO-WS': 'NAO-WS (a weight-sharing network scores)', 'NAO': 'NAO (every candidate is trained on its own)'}
+METHODS = {'NAO-WS': 'NAO-WS (a weight-sharing network scores)',
+           'NAO-V2': 'NAO-V2 (a weight-sharing network scores, in iterations)',
+           'NAO': 'NAO (every candidate is trained on its own)'}
 PROPOSERS = {'random': 'random search', 'evolution': 'regularised evolution'}
 IMAGENET_CLASSES = 1000
 TEST, TEST_ONCE, VALID = 'test images, which chose the epoch', 'test images, looked at once', 'validation split'
@@ -268,7 +270,10 @@ class RunFiles:
         """How far the run is, as '3/600'."""
         last = max((record['epoch'] for record in self.metrics if record['kind'] in ('epoch', 'score')), default=0)
         flag = 'rounds' if self.unit == 'round' else 'child_epochs' if self.is_search else 'epochs'
-        return f'{last}/{self.args.get(flag, "?")}'
+        total = self.args.get(flag, '?')
+        if self.args.get('method') == 'NAO-V2' and flag == 'child_epochs':  # in each iteration
+            total *= self.args['rounds'] + 1
+        return f'{last}/{total}'
 
     @property
     def is_imagenet(self) -> bool:
