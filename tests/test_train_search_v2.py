@@ -35,7 +35,7 @@ FLAGS = ['--method=NAO-V2', '--dataset=digits', '--device=cpu', '--seed=1', '--c
          '--controller_new_arch=5', '--controller_epochs=5', '--controller_lr=0.01', '--controller_encoder_hidden_size=24',
          '--controller_decoder_hidden_size=24']
 WATCH = """
-import json, torch, architecture, model_search, training
+import json, torch, architecture, model_search, search_setup, training
 def record(**values):
     with open({path!r}, 'a') as file:
         file.write(json.dumps(values) + '\\n')
@@ -54,7 +54,11 @@ def train_epoch(run, forward, optimizer, *others, **options):
     if options['title'].startswith('epoch'):
         record(before=before, after=state(), lr=options['lr'])
     return result
-model_search.Supernet.forward, training.train_epoch = forward, train_epoch
+def build(*args):
+    record(ranked=args[-1]) if args[-1] > 1 else None  # parameters are counted of networks of one step
+    return real_build(*args)
+real_build = search_setup.build
+model_search.Supernet.forward, training.train_epoch, search_setup.build = forward, train_epoch, build
 """
 
 
@@ -109,6 +113,7 @@ def test_an_iteration_trains_on_what_is_new_with_schedules_that_begin_anew(searc
     assert epochs[0]['before'][0] == 0
     for one, other in itertools.pairwise(epochs):  # weights and momentum go on
         assert other['before'] == one['after'] and other['before'][0] > 0
+    assert [one['ranked'] for one in seen if 'ranked' in one] == [12, 12]  # the steps of the whole search
     assert re.search(r'epoch 3/6 train .* lr 0\.025 left', result.out)
     assert re.search(r'6 epochs of 2 steps .* 3 scorings of 12 to 22 architectures .* of 2 fits', result.out)
 
