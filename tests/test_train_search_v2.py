@@ -55,7 +55,7 @@ def train_epoch(run, forward, optimizer, *others, **options):
         record(before=before, after=state(), lr=options['lr'])
     return result
 def build(*args):
-    record(ranked=args[-1]) if args[-1] > 1 else None  # parameters are counted of networks of one step
+    record(ranked=args[-1])
     return real_build(*args)
 real_build = search_setup.build
 model_search.Supernet.forward, training.train_epoch, search_setup.build = forward, train_epoch, build
@@ -85,7 +85,8 @@ def test_after_each_iteration_all_architectures_so_far_are_scored(searched):
     assert result.status == 0 and complaints(result) == [], result
     names = ['', '.0', '.1', '.2', '.final']
     assert files(folder) == sorted([f'arch_pool{name}' for name in names] + [f'arch_pool.perf{name}' for name in names]
-                                   + ['checkpoint.pt', 'metrics.jsonl', 'results.0.jsonl'])
+                                   + ['arch_pool.pareto', 'arch_pool.pareto.perf', 'checkpoint.pt', 'metrics.jsonl',
+                                      'results.0.jsonl'])
     pools = [lines(folder, f'arch_pool.{number}') for number in range(3)]
     new = [line['new'] for line in metrics(folder) if line['kind'] == 'new']
     assert [len(set(pool)) for pool in pools] == [12, 12 + new[0], 12 + sum(new)] and all(1 <= count <= 5 for count in new)
