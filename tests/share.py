@@ -6,6 +6,7 @@ batch of all processes together; the values of an evaluation; the accuracies of 
 
 import argparse
 import sys
+import warnings
 
 import torch
 from helpers import assert_equal, fill
@@ -38,24 +39,58 @@ class Recorder(torch.optim.SGD):
                      if parameter.grad is not None}
 
 
-def one_step(run, model, forward, data, batch_size):
-    """The gradients of one step of the training loop, None where there are none, and its values."""
-    model.zero_grad()
+def one_step(run, model, forward, data, batch_size, shares_weights=False):
+    """The gradients of one step of the training loop, None where there are none, its values, and what it sent itself."""
+    sent, all_reduce = [], torch.distributed.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        sent.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+    torch.distributed.all_reduce = counted
     batches = datasets.TrainBatches(data, batch_size, torch.Generator().manual_seed(1), 4, run.rank, run.world)
     optimizer = Recorder(model.parameters())
     values, step = training.train_epoch(run, forward, optimizer, batches, title='', lr=0.0, step=0,
-                                     clock=training.Clock(0, 1), grad_bound=1e9, label_smooth=0.1, max_steps=1)
+                                     clock=training.Clock(0, 1), grad_bound=1e9, label_smooth=0.1, max_steps=1,
+                                     shares_weights=shares_weights)
+    torch.distributed.all_reduce = all_reduce
     assert step == 1
     del values['images_per_second']
     gradients = {name: optimizer.seen.get(id(parameter)) for name, parameter in model.named_parameters()}
-    return {'gradients': gradients, 'values': values}
+    return {'gradients': gradients, 'values': values, 'sent': sent}
+
+
+class AsOnCUDA(torch.autograd.Function):
+    """A depthwise convolution whose weights' gradients have the strides that CUDA's have, whatever those of the weights are."""
+
+    @staticmethod
+    def forward(ctx, images, weight):
+        ctx.save_for_backward(images, weight)
+        return torch.conv2d(images, weight, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        images, weight = ctx.saved_tensors
+        found = torch.nn.grad.conv2d_weight(images, weight.shape, grad, groups=len(weight))
+        return None, torch.empty(weight.shape).copy_(found)
+
+
+class Depthwise(torch.nn.Module):
+    """A classifier on such a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(10, 10, 3, groups=10, bias=False)
+        self.classifier = torch.nn.Linear(10, 10)
+
+    def forward(self, images, step):
+        return self.classifier(AsOnCUDA.apply(images.repeat(1, 4, 1, 1)[:, :10], self.conv.weight).mean((2, 3))), None
 
 
 def compute():
     """Everything, as a dict."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    run = utils.Run(argparse.Namespace(device='cpu', output_dir='nowhere', seed=0, tf32=False, amp='off'))
+    run = utils.Run(argparse.Namespace(device='cpu', output_dir='nowhere', seed=0, tf32=None, layout='auto', amp='off'))
     data = datasets.load('digits', '', False, run.device).select(range(27))
     arch, other, *pool = architecture.sample(7, 2, range(5), torch.Generator().manual_seed(3))
     result = {'world': run.world}
@@ -63,17 +98,24 @@ def compute():
     supernet = run.place(NASWSNetworkCIFAR(10, 1, 2, 2, 1.0, 1.0, True, 10))
     freeze(fixed)
     freeze(supernet)
-    fixed_parallel, supernet_parallel = run.parallel(fixed), run.parallel(supernet, shares_weights=True)
+    fixed_parallel = run.parallel(fixed)
     for batch_size in BATCH_SIZES:
         result[f'fixed {batch_size}'] = one_step(run, fixed, fixed_parallel, data, batch_size)
         for name, path in (('supernet', arch), ('other', other)):  # one after the other: paths differ
             result[f'{name} {batch_size}'] = one_step(
-                run, supernet, lambda images, step, path=path: supernet_parallel(images, path, step), data, batch_size)
+                run, supernet, lambda images, step, path=path: supernet(images, path, step), data, batch_size, True)
         values = training.evaluate(run, fixed, datasets.EvalBatches(data, batch_size, run.rank, run.world))
         fixed.train()
         freeze(fixed)
         del values['images_per_second']
         result[f'evaluation {batch_size}'] = values
+    depthwise = run.place(Depthwise())
+    fill(depthwise)
+    parallel = run.parallel(depthwise)
+    with warnings.catch_warnings(record=True) as result['warnings']:
+        warnings.simplefilter('always')
+        result['strides'] = [one_step(run, depthwise, parallel, data, 12) for _ in range(3)]
+    result['warnings'] = [str(warning.message) for warning in result['warnings'] if 'strides' in str(warning.message)]
     images, labels = datasets.EvalBatches(data, 100).batch(torch.arange(20))
     result['scores'] = model_search.score_pool(run, supernet, pool, images, labels)
     every = run.gather(result)

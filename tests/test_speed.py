@@ -117,19 +117,6 @@ def test_loss_scale_is_in_the_checkpoint(tmp_path):
     assert resumed.scaler.state_dict()['scale'] == 1024.0
 
 
-def test_networks_and_batches_are_channels_last():
-    run = make_run()
-    network = run.place(make_network(NASNetworkCIFAR)[0])
-    images, *_ = next(iter(datasets.TrainBatches(datasets.load('digits', 'data', True, run.device), 4, run.generators['data'],
-                                                 cutout_size=8)))
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    outputs = []
-    for cell in network.cells:
-        cell.register_forward_hook(lambda module, inputs, output: outputs.append(output.raw))
-    network(images, 0)
-    assert all(output.is_contiguous(memory_format=torch.channels_last) for output in outputs)
-
-
 def test_benchmark_writes_its_results(tmp_path):
     path = tmp_path / 'now.json'
     command = [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), '--only', 'new_architectures', '--repeats', '1']

@@ -72,7 +72,8 @@ def seconds_of(function: Callable[[], None], repeats: int) -> float:
 
 def make_run(seed: int = 0) -> utils.Run:
     """A run on the CPU that writes nothing."""
-    return utils.Run(SimpleNamespace(device='cpu', output_dir='.', seed=seed, amp='off', tf32=False, compile=False))
+    return utils.Run(SimpleNamespace(device='cpu', output_dir='.', seed=seed, amp='off', tf32=None, layout='auto',
+                                     compile=False))
 
 
 def make_images(count: int) -> datasets.ImageSet:
