@@ -1,5 +1,6 @@
 """Several processes, as torchrun starts them, with gloo on the CPU: what one process computes, they compute together."""
 
+import functools
 import os
 import re
 import signal
@@ -45,19 +46,25 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def alone():
-    try:
-        return share.compute()
-    finally:
-        torch.set_default_dtype(torch.float32)
+def share_by(tmp_path_factory):
+    """What share.py computes by so many processes on a device."""
+    @functools.cache
+    def compute(count, device):
+        folder = tmp_path_factory.mktemp('share')
+        result = torchrun(count, 'tests/share.py', folder / 'result.pt', device).wait()
+        assert result.status == 0, result
+        return load(folder / 'result.pt')
+    return compute
 
 
-@pytest.fixture(scope='module', params=[2, 3])
-def together(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('share')
-    result = torchrun(request.param, 'tests/share.py', folder / 'result.pt').wait()
-    assert result.status == 0, result
-    return load(folder / 'result.pt')
+@pytest.fixture(scope='module', params=[(2, 'cpu'), (3, 'cpu'), pytest.param((2, 'cuda'), marks=pytest.mark.gpu(2))], ids=str)
+def together(request, share_by):
+    return share_by(*request.param)
+
+
+@pytest.fixture(scope='module')
+def alone(together, share_by):
+    return share_by(1, together['device'])
 
 
 # ------------------------------------------------------------------------------------------------- the same computations
