@@ -98,7 +98,7 @@ class Within(nn.Module):
 class EvenDataParallel(DataParallel):
     """DataParallel that leaves a GPU out where the last one would get a single image, on which batch-norm cannot train.
 
-    autocast: the context that each replica's forward runs in; a replica's thread of PyTorch's does not know its dtype.
+    autocast: the context that each replica's forward runs in: the threads that PyTorch starts do not know its dtype.
     """
 
     def __init__(self, model: nn.Module, autocast: Callable[[], contextlib.AbstractContextManager],
@@ -206,7 +206,7 @@ class Run:
     def alone(self) -> 'Run':
         """A run for work that this process does by itself: one process, one device, its log lines under its rank."""
         other = copy.copy(self)
-        other.rank, other.world = 0, 1
+        other.rank, other.world, other.devices = 0, 1, [self.device]
         other.scaler = self.new_scaler()
         other.prefix = f'[rank {self.rank}] ' if self.world > 1 else ''
         return other
@@ -378,9 +378,9 @@ class Run:
     @property
     def layout(self) -> torch.memory_format:
         """How images and weights lie in memory: as --layout says, else channels-last where that is known to be fast."""
-        fast = self.device.type == 'cpu' or (self.device.type == 'cuda' and (self.amp_dtype is not None or self.tf32[0]))
-        chosen = LAYOUTS[self.args.layout]
-        return chosen or (torch.channels_last if fast else torch.contiguous_format)
+        cuda = self.device.type == 'cuda'
+        fast = self.device.type == 'cpu' or (cuda and (self.amp_dtype is not None or self.tf32[0]))
+        return LAYOUTS[self.args.layout] or (torch.channels_last if fast else torch.contiguous_format)
 
     def place(self, model: nn.Module) -> nn.Module:
         """The network on the device, in the run's layout, with the first process's weights."""
@@ -457,7 +457,7 @@ class Run:
             precision += {(True, True): ' with TF32', (True, False): ' with TF32 in convolutions only',
                           (False, True): ' with TF32 but in convolutions', (False, False): ' without TF32'}[self.tf32]
         layout = 'channels-last' if self.layout == torch.channels_last else 'default'
-        return (f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}, {precision}, {layout} layout')
+        return f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}, {precision}, {layout} layout'
 
 
 def commit() -> str | None:

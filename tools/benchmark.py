@@ -98,13 +98,13 @@ def training_step(run: utils.Run, model: torch.nn.Module, batch: int, size: int 
     """A function (further arguments of the model, how many) that makes steps of the training loop with random images."""
     draws = torch.Generator().manual_seed(0)
     images, labels, _ = next(iter(datasets.TrainBatches(make_images(batch, size), batch, draws, cutout_size=16)))
-    batch = images.to(run.device), labels.to(run.device), 1.0
+    images, labels = images.to(run.device), labels.to(run.device)
     optimizer = training.sgd(run, model, 3e-4)
     model.train()
 
     def steps(*extras: object, count: int = 1) -> None:
-        training.train_epoch(run, lambda images, step: model(images, *extras, step), optimizer, [batch] * count, title='',
-                             lr=0.025, step=100, clock=training.Clock(0, 1), grad_bound=5.0)
+        training.train_epoch(run, lambda images, step: model(images, *extras, step), optimizer, [(images, labels, 1.0)] * count,
+                             title='', lr=0.025, step=100, clock=training.Clock(0, 1), grad_bound=5.0)
     return steps
 
 
@@ -262,10 +262,10 @@ def image_batches(repeats: int, folder: str | None = None) -> tuple[float, float
 
 
 class Network(NamedTuple):
-    """What is trained on a GPU, and what one step sends there is counted of."""
+    """A network of the published size, whose training step is timed on a GPU, and whose launches are counted."""
 
     make: Callable[[utils.Run], torch.nn.Module]
-    batch: int  # as in the published trainings
+    batch: int  # images of a step, as published
     size: int = 32  # of the images
     archs: int = 0  # random architectures of which a step takes one, if it is a supernet
 
@@ -444,6 +444,8 @@ def main() -> None:
     if args.launches:
         print_launches()
         return
+    if args.growth and args.device == 'cuda':
+        raise flags.UserError('--growth is measured on the CPU only')
     names = [name for name in (GROWTH if args.growth else ON_GPU if args.device == 'cuda' else ROWS)
              if name.startswith(args.only or '')]
     if not names:
