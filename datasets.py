@@ -232,11 +232,6 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.to(mean.dtype).mul_(1 / (255 * std)).sub_(mean / std)
 
 
-def channels_last(images: Tensor) -> Tensor:
-    """The same images in the layout in which convolutions are fast."""
-    return images.contiguous(memory_format=torch.channels_last)
-
-
 class Draws(NamedTuple):
     """The random numbers of a batch's augmentation, each (batch,): window, mirroring and centre of the hole."""
 
@@ -332,7 +327,7 @@ class TrainBatches:
             images = normalise(unpack(pixels), data.mean, data.std)
             if self.cutout_size:
                 images = cutout(images, self.cutout_size, draws)
-            yield channels_last(images), data.labels[chosen], (last - first) * self.world / (stop - start)
+            yield images, data.labels[chosen], (last - first) * self.world / (stop - start)
 
 
 class EvalBatches:
@@ -350,7 +345,7 @@ class EvalBatches:
         """The images and labels at a slice or tensor of indices."""
         inner = slice(CROP_PADDING, -CROP_PADDING)
         images = unpack(self.data.pixels[chosen][:, inner, inner])
-        return channels_last(normalise(images, self.data.mean, self.data.std)), self.data.labels[chosen]
+        return normalise(images, self.data.mean, self.data.std), self.data.labels[chosen]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start, stop in self.bounds:

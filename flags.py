@@ -148,7 +148,10 @@ def add_run_flags(parser: Parser, output_dir: str, data: str = 'data') -> None:
         'goes on from it', output_dir, metavar='DIR', type=directory)
     add_machine_flags(group)
     add(group, 'amp', 'mixed precision; off: float32 throughout', 'off', choices=['off', 'bf16', 'fp16'])
-    add(group, 'tf32', 'let NVIDIA GPUs round the factors of float32 products to TF32', False, action='store_true')
+    group.add_argument('--tf32', action=argparse.BooleanOptionalAction, help='let NVIDIA GPUs round the factors of float32 '
+                       'products to TF32; --no-tf32: not even those of convolutions (default: those of convolutions only)')
+    add(group, 'layout', 'of images in memory; auto: channels_last on CPUs, and on GPUs with --amp or TF32', 'auto',
+        choices=['auto', 'channels_last', 'contiguous'])
     add(group, 'save_every', 'also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best', 0, type=COUNT)
     add(group, 'tensorboard', 'mirror metrics.jsonl for TensorBoard in --output_dir (needs the package tensorboard)', False,
         action='store_true')

@@ -24,7 +24,7 @@ from torch import Tensor
 import flags
 from augment import Draws, colour_jitter, draw, mirror
 from class_folders import UNREADABLE, Broken, Files, available_memory, decode, find_images, for_each, label, resize
-from datasets import batch_bounds, channels_last, normalise, share_of, training_bounds
+from datasets import batch_bounds, normalise, share_of, training_bounds
 from flags import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
@@ -224,7 +224,7 @@ class FileBatches:
         if draws:
             mirrored, factors, order = draws
             images = colour_jitter(mirror(images, mirrored).float().div_(255), factors, order).mul_(255)
-        return channels_last(normalise(images, self.mean, self.std)), labels
+        return normalise(images, self.mean, self.std), labels
 
     def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The images and labels at the positions `chosen` (batch,), in that order."""

@@ -167,8 +167,11 @@ class ImageNetStem:
 class Backbone(nn.Module):
     """What every network here shares: stem, cells, auxiliary head, classifier and the drop-path schedule.
 
-    A subclass brings a stem (CIFARStem, ImageNetStem) and its kind of cell (`make_cell`).
+    A subclass brings a stem (CIFARStem, ImageNetStem) and its kind of cell (`make_cell`). layout: what images are brought to
+    first, None: they stay as they are.
     """
+
+    layout: torch.memory_format | None = None
 
     def __init__(self, classes: int, layers: int, nodes: int, channels: int, keep_prob: float,
                  drop_path_keep_prob: float, use_aux_head: bool, steps: int):
@@ -229,6 +232,8 @@ class Backbone(nn.Module):
         Returns (logits, auxiliary logits), both (batch, classes); the second is None unless training with that head.
         """
         self.count_batch()
+        if self.layout is not None:
+            images = images.contiguous(memory_format=self.layout)
         masks = self.drop_path_masks(images, step)
         x, y = self.apply_stem(images)
         aux_logits = None

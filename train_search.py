@@ -318,12 +318,12 @@ class WeightSharingSearch(Search):
         drawn = iter(self.draw(self.trained_on(), len(self.batches)))
 
         def forward(images: torch.Tensor, step: int) -> tuple:
-            return self.parallel(images, next(drawn), step - first)
+            return self.supernet(images, next(drawn), step - first)
         rate = self.task.lr(epoch)
         title = f'epoch {self.epoch + 1}/{self.epochs()}'
         values, self.step = training.train_epoch(
             self.run, forward, self.optimizer, self.batches, title=title, lr=rate, step=self.step, clock=self.clock,
-            grad_bound=args.child_grad_bound, label_smooth=self.task.label_smooth)
+            grad_bound=args.child_grad_bound, label_smooth=self.task.label_smooth, shares_weights=True)
         self.run.average_statistics(self.supernet)
         self.epoch += 1
         self.run.log(f'{title} train {training.describe(values)} lr {rate:.3g} left {self.clock.left(self.step)}')
@@ -357,7 +357,6 @@ class WeightSharingSearch(Search):
     def go_on(self) -> None:
         """Do phase after phase to the end."""
         self.run.part_ways()
-        self.parallel = self.run.parallel(self.supernet, shares_weights=True)
         self.clock = training.Clock(self.step, self.epochs() * len(self.batches))
         super().go_on()
 
@@ -398,6 +397,7 @@ class WeightSharingSearch(Search):
         args, run, valid = self.args, self.run, self.task.valid_batches(self.run)
         training.log_start(run, self.batches, valid, self.supernet, self.an_architecture(),
                            records=self.phase != 'done')
+        training.log_share(run, self.batches)
         if self.phase == 'done':
             return
         step = search_cost.seconds_of_step(run, self.supernet, args.child_batch_size, valid.size, self.pool[0])

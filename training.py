@@ -27,6 +27,7 @@ from model import count_madds, count_parameters
 from utils import LOG_EVERY, Run, commit, processor
 
 NUMBER = (int, float, np.number, Tensor)  # what an accuracy in a checkpoint may be
+FEW_IMAGES = 32  # on a GPU: the fewest of the published trainings, 128 on 4 GPUs
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
 
 
@@ -102,29 +103,35 @@ def steps_of(batches: Iterable, max_steps: int | None = None) -> int:
     return min(len(batches), max_steps or len(batches))
 
 
-def update(run: Run, optimizer: torch.optim.Optimizer, loss: Tensor, grad_bound: float) -> None:
-    """Make an optimiser step on the parameters that the loss reaches: a supernet's step leaves thousands of others alone."""
+def update(run: Run, optimizer: torch.optim.Optimizer, loss: Tensor, grad_bound: float, shares_weights: bool = False) -> None:
+    """Make an optimiser step on the parameters that the loss reaches: a supernet's step leaves thousands of others alone.
+
+    shares_weights: it is a supernet's, which nothing wraps (see Run.parallel); processes average its gradients here.
+    """
     group, = optimizer.param_groups
     parameters = group['params']
     run.scaler.scale(loss).backward()
     used = [parameter for parameter in parameters if parameter.grad is not None]
+    if shares_weights:
+        run.average_gradients(used)
     group['params'] = used
     run.scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(used, grad_bound)
     run.scaler.step(optimizer)
     run.scaler.update()
+    optimizer.zero_grad(set_to_none=shares_weights or run.world == 1)
     group['params'] = parameters
-    for parameter in used:
-        parameter.grad = None
 
 
 def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor | None]], optimizer: torch.optim.Optimizer,
                 batches: Iterable, *, title: str, lr: float, step: int, clock: Clock, grad_bound: float,
-                label_smooth: float = 0.0, max_steps: int | None = None) -> tuple[dict[str, float], int]:
+                label_smooth: float = 0.0, max_steps: int | None = None,
+                shares_weights: bool = False) -> tuple[dict[str, float], int]:
     """Train on `batches` (all, or `max_steps` of them) and return the epoch's values (see Meter) and the next step.
 
     forward(images, step) gives (logits, auxiliary logits or None). The loss is cross-entropy, plus 0.4 times that of the
-    auxiliary logits. Raises NotFiniteError, at a log line or the end, when the loss was not finite.
+    auxiliary logits. shares_weights: see `update`. Raises NotFiniteError, at a log line or the end, when the loss was not
+    finite.
     """
     for group in optimizer.param_groups:
         group['lr'] = lr
@@ -143,7 +150,7 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
             loss = F.cross_entropy(logits, labels, label_smoothing=label_smooth)
             if aux_logits is not None:
                 loss = loss + AUX_WEIGHT * F.cross_entropy(aux_logits, labels, label_smoothing=label_smooth)
-        update(run, optimizer, loss * weight if weight != 1 else loss, grad_bound)
+        update(run, optimizer, loss * weight if weight != 1 else loss, grad_bound, shares_weights)
         meter.update(logits, labels, loss)
         step += 1
         if done % LOG_EVERY == 0:
@@ -245,6 +252,7 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     checkpoint holds besides.
     """
     split = 'valid' if test_batches else 'test'
+    run.use_all_gpus()
     model, path = run.place(model), run.output_dir / 'checkpoint.pt'
     if run.args.compile:
         run.compile_cells(model)
@@ -266,6 +274,7 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     if state:
         run.resume(state, f'epoch {first}')
     log_start(run, train_batches, eval_batches, model, records=first < options['epochs'])
+    log_share(run, train_batches)
     for epoch in train(run, model, optimizer, train_batches, eval_batches, first=first, split=split, **options):
         last = epoch.test['top1']
         is_best, best = last > best, max(best, last)
@@ -329,6 +338,17 @@ def log_start(run: Run, train_batches: Iterable, eval_batches: Iterable, model: 
     run.write_metrics(kind='start', date=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=commit(),
                       processor=processor(), environment=run.environment(), args=args, changed=changed, parameters=parameters,
                       multiply_adds=madds, classes=len(eval_batches.classes))
+
+
+def log_share(run: Run, train_batches: Iterable) -> None:
+    """Log how many images of a training step each GPU or process gets, and warn where they are few for its batch-norm."""
+    parts, (start, stop) = run.world * len(run.devices), train_batches.bounds[0]
+    if parts > 1:
+        images, where = (stop - start) // parts, f'each of {parts} {"GPUs" if run.device.type == "cuda" else "processes"}'
+        run.log(f'{stop - start} images a step, {images} on {where}')
+        if images < FEW_IMAGES:
+            run.warn(f'batch-norm normalises by the {images} images on {where}; the published results had {FEW_IMAGES} or '
+                     'more: use a larger batch, with its rate, or fewer of them')
 
 
 # ------------------------------------------------------------------------------------- the flags of both training programs

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import checkpoint
@@ -35,6 +36,7 @@ from disk import Lock, append_line, log_to
 from flags import Stopped, UserError
 from progress import EventFile, LiveLine
 
+LAYOUTS = {'auto': None, 'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}  # of --layout
 LOG_EVERY = 100  # steps between two log lines
 LIFE_EVERY = 10  # seconds between two signs of life of a process that shares a queue with others
 LIFE_LIMIT = 600  # seconds without one after which it is given up, as collective operations do
@@ -80,8 +82,28 @@ def default_generator(device: torch.device) -> torch.Generator | None:
     return torch.default_generator if device.type == 'cpu' else None
 
 
+class Within(nn.Module):
+    """A model whose forward runs in a context of its own."""
+
+    def __init__(self, model: nn.Module, context: Callable[[], contextlib.AbstractContextManager]):
+        super().__init__()
+        self.model, self.context = model, context
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the model makes of the inputs."""
+        with self.context():
+            return self.model(*inputs)
+
+
 class EvenDataParallel(DataParallel):
-    """DataParallel that leaves a GPU out where the last one would get a single image, on which batch-norm cannot train."""
+    """DataParallel that leaves a GPU out where the last one would get a single image, on which batch-norm cannot train.
+
+    autocast: the context that each replica's forward runs in: the threads that PyTorch starts do not know its dtype.
+    """
+
+    def __init__(self, model: nn.Module, autocast: Callable[[], contextlib.AbstractContextManager],
+                 devices: list[torch.device] | None = None):
+        super().__init__(Within(model, autocast), devices)
 
     def scatter(self, inputs: tuple, kwargs: dict[str, Any] | None, device_ids: list[int]) -> Any:
         """The inputs, of which the first is the images (batch, ...), in a part for each GPU."""
@@ -95,7 +117,7 @@ class Run:
 
     Under torchrun it is process `rank` of `world`. generators: 'data' (batches, on the device) and 'search'
     (architectures, on the CPU), equal in all processes; 'default' and on a GPU 'device', from which networks draw weights,
-    dropout and drop path, each process its own.
+    dropout and drop path, each process its own; 'device N' of a further GPU that it trains on (see `use_all_gpus`).
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -106,7 +128,8 @@ class Run:
         elif self.device.type == 'cpu':
             warn_of_busy_cores()
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.independent, self.prefix, self.early = False, '', ''
+        self.devices = [self.device]  # those that networks are trained on
+        self.prefix, self.early = '', ''
         self.store = None  # where several processes meet
         if self.world > 1:
             if missing := [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
@@ -125,7 +148,8 @@ class Run:
             self.generators['device'] = on_device
         for generator in self.generators.values():
             generator.manual_seed(args.seed)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+        if args.tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         torch.backends.cudnn.benchmark = True
         self.amp_dtype = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[args.amp]
         self.scaler = self.new_scaler()
@@ -182,7 +206,7 @@ class Run:
     def alone(self) -> 'Run':
         """A run for work that this process does by itself: one process, one device, its log lines under its rank."""
         other = copy.copy(self)
-        other.rank, other.world, other.independent = 0, 1, True
+        other.rank, other.world, other.devices = 0, 1, [self.device]
         other.scaler = self.new_scaler()
         other.prefix = f'[rank {self.rank}] ' if self.world > 1 else ''
         return other
@@ -337,8 +361,9 @@ class Run:
             self.reseed_one(name, *seed)
 
     def reseed_one(self, name: str, *seed: Any) -> None:
-        """Seed one generator from --seed and the given values."""
-        self.generators[name].manual_seed(zlib.crc32(repr((self.args.seed, *seed)).encode()))
+        """Seed one generator from --seed and the given values; of several GPUs' each otherwise."""
+        number = name.split()[1:]
+        self.generators[name].manual_seed(zlib.crc32(repr((self.args.seed, *seed, *number)).encode()))
 
     def part_ways(self) -> None:
         """Give each process but the first dropout and drop path of its own; call it once all have the same weights."""
@@ -347,11 +372,37 @@ class Run:
                 seed = (self.generators[name].initial_seed(), self.rank)
                 self.generators[name].manual_seed(zlib.crc32(repr(seed).encode()))
 
+    @property
+    def tf32(self) -> tuple[bool, bool]:
+        """Whether this device rounds the factors of float32 convolutions to TF32, and those of other products."""
+        if self.device.type != 'cuda' or torch.cuda.get_device_capability(self.device) < (8, 0):
+            return False, False
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """How images and weights lie in memory: as --layout says, else channels-last where that is known to be fast."""
+        cuda = self.device.type == 'cuda'
+        fast = self.device.type == 'cpu' or (cuda and (self.amp_dtype is not None or self.tf32[0]))
+        return LAYOUTS[self.args.layout] or (torch.channels_last if fast else torch.contiguous_format)
+
     def place(self, model: nn.Module) -> nn.Module:
-        """The model on the device, in channels-last layout, with the first process's weights."""
-        model = model.to(self.device, memory_format=torch.channels_last)
+        """The network on the device, in the run's layout, with the first process's weights."""
+        model = model.to(self.device, memory_format=self.layout)
+        model.layout = self.layout
         self.broadcast(model)
         return model
+
+    def use_all_gpus(self) -> None:
+        """Have `parallel` train on all GPUs that are visible, unless a flag or torchrun gives this process one."""
+        count = torch.cuda.device_count() if self.device.type == 'cuda' and self.world == 1 and not self.args.device else 1
+        if count > 1 and self.args.compile:
+            self.log(f'--compile uses one of {count} GPUs in a process; torchrun starts a process for each')
+            return
+        for index in range(1, count):
+            self.devices.append(torch.device('cuda', index))
+            self.generators[f'device {index}'] = default_generator(self.devices[-1])
+            self.reseed_one(f'device {index}')
 
     def compile_cells(self, model: nn.Module) -> None:
         """Compile each cell of a network on its own, as --compile asks: a few small graphs in place of one huge one."""
@@ -375,26 +426,42 @@ class Run:
                     dist.all_reduce(buffer)
                     buffer /= self.world
 
-    def parallel(self, model: nn.Module, shares_weights: bool = False) -> nn.Module:
+    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Average the gradients of parameters that all processes used in a step, the same ones, in a single message."""
+        if self.world > 1:
+            gradients = [parameter.grad for parameter in parameters]
+            flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(self.world)
+            dist.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+
+    def parallel(self, model: nn.Module) -> nn.Module:
         """What to train: the model itself, or it over all processes, or over all GPUs of this one.
 
-        shares_weights: a step uses only a part of the parameters.
+        Over processes the gradients lie in the buckets that are sent, for which a step must zero them, not drop them: made
+        anew they would be copied there, with a warning where the device's kernels give them other strides.
         """
         if self.world > 1:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
             known = inspect.signature(DistributedDataParallel).parameters
             sync = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # its older name
-            return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == 'cuda' else None,
-                                           find_unused_parameters=shares_weights, **{sync: False})
-        one_device = self.independent or shares_weights or self.args.device is not None
-        if self.device.type == 'cuda' and torch.cuda.device_count() > 1 and not one_device:
-            return EvenDataParallel(model)
-        return model
+            parallel = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == 'cuda' else None,
+                                               gradient_as_bucket_view=True, **{sync: False})
+            parallel.register_comm_hook(None, allreduce_hook)  # averages a bucket at once, not each gradient
+            return parallel
+        return EvenDataParallel(model, self.autocast, self.devices) if len(self.devices) > 1 else model
 
     def environment(self) -> str:
-        """Where the program runs, as a log line shows it: device, processes, PyTorch's version."""
+        """Where and how the program computes, as a log line shows it: device, processes, PyTorch, precision, layout."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else f'{torch.get_num_threads()} threads'
         processes = f', {self.world} processes' if self.world > 1 else ''
-        return f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}'
+        precision = f'{self.args.amp} mixed precision' if self.amp_dtype else 'float32'
+        if self.device.type == 'cuda':
+            precision += {(True, True): ' with TF32', (True, False): ' with TF32 in convolutions only',
+                          (False, True): ' with TF32 but in convolutions', (False, False): ' without TF32'}[self.tf32]
+        layout = 'channels-last' if self.layout == torch.channels_last else 'default'
+        return f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}, {precision}, {layout} layout'
 
 
 def commit() -> str | None:

@@ -17,6 +17,13 @@ settings.register_profile('suite', deadline=None, max_examples=60, suppress_heal
 settings.load_profile('suite')
 
 
+def pytest_runtest_setup(item):
+    for marker in item.iter_markers('gpu'):
+        count, = marker.args or [1]
+        if torch.cuda.device_count() < count:
+            pytest.skip(f'needs {count} NVIDIA GPU{"s" * (count > 1)}')
+
+
 @pytest.fixture
 def float64():
     torch.set_default_dtype(torch.float64)

@@ -72,7 +72,7 @@ def inputs(shape: list[int], seed: int) -> torch.Tensor:
 
 def make_run(**flags: Any) -> utils.Run:
     """A run on the CPU that writes nothing, as the programs make one of their flags."""
-    defaults = {'device': 'cpu', 'output_dir': '.', 'seed': 0, 'amp': 'off', 'tf32': False, 'compile': False}
+    defaults = {'device': 'cpu', 'output_dir': '.', 'seed': 0, 'amp': 'off', 'tf32': None, 'layout': 'auto', 'compile': False}
     return utils.Run(SimpleNamespace(**defaults | flags))
 
 

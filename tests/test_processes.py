@@ -1,5 +1,6 @@
 """Several processes, as torchrun starts them, with gloo on the CPU: what one process computes, they compute together."""
 
+import functools
 import os
 import re
 import signal
@@ -26,10 +27,6 @@ from helpers import (
     write_images,
 )
 from test_scripts import script
-from torch import nn
-
-import utils
-from model import NASNetworkCIFAR
 
 CIFAR = ['--dataset=digits', '--device=cpu', '--nodes=1', '--layers=1', '--channels=2', f'--fixed_arc={TINY}',
          '--batch_size=16', '--eval_batch_size=7', '--lr_max=0.1', '--drop_path_keep_prob=0.7', '--keep_prob=0.8',
@@ -49,19 +46,25 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def alone():
-    try:
-        return share.compute()
-    finally:
-        torch.set_default_dtype(torch.float32)
+def share_by(tmp_path_factory):
+    """What share.py computes by so many processes on a device."""
+    @functools.cache
+    def compute(count, device):
+        folder = tmp_path_factory.mktemp('share')
+        result = torchrun(count, 'tests/share.py', folder / 'result.pt', device).wait()
+        assert result.status == 0, result
+        return load(folder / 'result.pt')
+    return compute
 
 
-@pytest.fixture(scope='module', params=[2, 3])
-def together(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('share')
-    result = torchrun(request.param, 'tests/share.py', folder / 'result.pt').wait()
-    assert result.status == 0, result
-    return load(folder / 'result.pt')
+@pytest.fixture(scope='module', params=[(2, 'cpu'), (3, 'cpu'), pytest.param((2, 'cuda'), marks=pytest.mark.gpu(2))], ids=str)
+def together(request, share_by):
+    return share_by(*request.param)
+
+
+@pytest.fixture(scope='module')
+def alone(together, share_by):
+    return share_by(1, together['device'])
 
 
 # ------------------------------------------------------------------------------------------------- the same computations
@@ -77,6 +80,20 @@ def test_gradients_are_those_of_one_process_on_the_same_batch(network, batch_siz
     for name in used:
         torch.testing.assert_close(several['gradients'][name], one['gradients'][name], rtol=1e-9, atol=1e-12)
     assert several['values'] == pytest.approx(one['values'], rel=1e-12)
+
+
+def test_a_supernets_step_sends_the_gradients_of_its_path_in_one_message(alone, together):
+    for network in ('supernet', 'other'):
+        step = together[f'{network} {share.BATCH_SIZES[0]}']
+        used = sum(gradient.numel() for gradient in step['gradients'].values() if gradient is not None)
+        assert step['sent'] == [used, 4]  # and the meter's sums
+        assert alone[f'{network} {share.BATCH_SIZES[0]}']['sent'] == []
+
+
+def test_gradients_of_other_strides_than_their_parameters_are_summed_without_a_warning(alone, together):
+    for one, several in zip(alone['strides'], together['strides'], strict=True):
+        torch.testing.assert_close(several['gradients'], one['gradients'], rtol=1e-9, atol=1e-12)
+    assert together['warnings'] == []
 
 
 @pytest.mark.parametrize('batch_size', share.BATCH_SIZES)
@@ -103,6 +120,8 @@ def test_a_training_goes_on_with_another_number_of_processes(few, tmp_path):
         assert len(re.findall(f'epoch {epochs}/{epochs} train', result.out)) == 1  # one process logs
         assert len(re.findall('device cpu', result.out)) == result.out.count('finished') == 1
         assert (f'{count} processes' in result.out) == (count > 1)
+        assert (f'16 images a step, {16 // count} on each of {count} processes' in result.out) == (count > 1)
+        assert ('warning: batch-norm normalises by' in result.err) == (count > 1)
         logs.append(result.out)
     for epochs in (1, 2, 3):
         assert f'resumed after epoch {epochs}, with other flags: --epochs={epochs + 1} (was {epochs})' in logs[epochs]
@@ -233,85 +252,7 @@ training.train_epoch = train_epoch
     assert 'gloo' not in result.err and 'utils.py", line' not in result.err, result.err
 
 
-# ----------------------------------------------------------------------------------------------- several GPUs, one process
-
-@pytest.mark.parametrize('gpus, device, shares_weights, independent, wanted', [
-    (4, None, False, False, True), (1, None, False, False, False), (4, 'cuda:1', False, False, False),
-    (4, None, True, False, False), (4, None, False, True, False)])
-def test_found_architectures_train_on_all_visible_gpus(gpus, device, shares_weights, independent, wanted, monkeypatch):
-    run = make_run()
-    run.args.device, run.device = device, torch.device('cuda:0')
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
-    wrapped = []
-    monkeypatch.setattr(utils, 'EvenDataParallel', lambda model: wrapped.append(model) or model)
-    run = run.alone() if independent else run
-    model = nn.Linear(2, 2)
-    assert run.parallel(model, shares_weights) is model and wrapped == [model] * wanted
-
-
-def test_a_checkpoint_under_data_parallel_has_the_names_of_one_gpu(few, tmp_path):
-    """DataParallel on the CPU hands everything to the network, but its parameters are called module.…"""
-    parallel = few + """
-import torch, utils
-utils.Run.parallel = lambda self, model, shares_weights=False: torch.nn.DataParallel(model)
-"""
-    for name, preamble in (('one', few), ('several', parallel)):
-        result = run('train_cifar.py', *CIFAR, '--epochs=2', f'--output_dir={tmp_path / name}', preamble=preamble)
-        assert result.status == 0, result
-    one, several = (load(tmp_path / name / 'checkpoint.pt') for name in ('one', 'several'))
-    assert list(one['model']) == list(several['model'])
-    assert_equal(one['model'], several['model'])
-
-
-class OnTheCPU(utils.EvenDataParallel):
-    """As on `gpus` GPUs, but each part is computed on the CPU, by the network itself."""
-
-    def __init__(self, model, gpus):
-        super().__init__(model)
-        self.dim, self.device_ids, self.src_device_obj, self.output_device = 0, list(range(gpus)), torch.device('cpu'), 0
-
-    def replicate(self, module, device_ids):
-        return [module] * len(device_ids)
-
-    def parallel_apply(self, replicas, inputs, kwargs):
-        return [replica(*each, **more) for replica, each, more in zip(replicas, inputs, kwargs, strict=True)]
-
-    def gather(self, outputs, device):
-        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
-
-
-def scatter_on_the_cpu(inputs, kwargs, devices, dim):
-    """As PyTorch's, which cuts with torch.chunk too."""
-    images, *others = inputs
-    parts = [(part, *others) for part in images.chunk(len(devices), dim)]
-    return parts, [kwargs or {}] * len(parts)
-
-
-@pytest.mark.parametrize('gpus', [2, 3, 4, 8])
-def test_no_gpu_gets_a_single_image_of_a_batch(gpus, monkeypatch):
-    """The auxiliary head's batch-norm refuses it: PyTorch's own DataParallel fails with 5 images on 4 GPUs."""
-    monkeypatch.setattr(sys.modules['torch.nn.parallel.data_parallel'], 'scatter_kwargs', scatter_on_the_cpu)
-    model = make_run().place(NASNetworkCIFAR(10, 1, 1, 4, 1.0, 1.0, True, 10, TINY)).train()
-    seen = []
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    for batch in range(2, 20):
-        logits, aux_logits = OnTheCPU(model, gpus)(torch.randn(batch, 3, 32, 32), 0)
-        assert logits.shape == aux_logits.shape == (batch, 10)
-        assert sum(seen) == batch and min(seen) >= 2 and len(seen) <= gpus
-        seen.clear()
-    OnTheCPU(model, gpus)(torch.randn(16 * gpus, 3, 32, 32), 0)
-    assert seen == [16] * gpus
-
-
-def test_cuda_without_a_number_is_a_gpu_for_each_process(monkeypatch):
-    chosen = []
-    monkeypatch.setenv('LOCAL_RANK', '2')
-    monkeypatch.setattr(torch, 'empty', lambda *shape, device: chosen.append(device))
-    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
-    assert utils.choose_device('cuda') == torch.device('cuda:2')
-    assert utils.choose_device('cuda:1') == torch.device('cuda:1')
-    assert chosen == [torch.device('cuda:2')] * 2 + [torch.device('cuda:1')] * 2
-
+# ------------------------------------------------------------------------------------------------------------- by itself
 
 def test_a_run_that_works_alone_shares_no_loss_scale():
     whole = make_run(amp='fp16')

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import benchmark
 import pytest
 import torch
 from helpers import NAONET_B, ROOT, make_run
@@ -117,17 +118,70 @@ def test_loss_scale_is_in_the_checkpoint(tmp_path):
     assert resumed.scaler.state_dict()['scale'] == 1024.0
 
 
-def test_networks_and_batches_are_channels_last():
-    run = make_run()
-    network = run.place(make_network(NASNetworkCIFAR)[0])
-    images, *_ = next(iter(datasets.TrainBatches(datasets.load('digits', 'data', True, run.device), 4, run.generators['data'],
-                                                 cutout_size=8)))
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    outputs = []
-    for cell in network.cells:
-        cell.register_forward_hook(lambda module, inputs, output: outputs.append(output.raw))
-    network(images, 0)
-    assert all(output.is_contiguous(memory_format=torch.channels_last) for output in outputs)
+TINY_NETWORKS = {
+    'fixed': benchmark.Network(lambda run: run.place(make_network(NASNetworkCIFAR)[0]), 4),
+    'supernet': benchmark.Network(lambda run: run.place(NASWSNetworkCIFAR(10, 1, 5, 4, 1.0, 1.0, False, 100)), 4, archs=2)}
+
+
+@pytest.fixture
+def tiny_networks(monkeypatch):
+    monkeypatch.setattr(benchmark, 'NETWORKS', TINY_NETWORKS)
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def test_launches_are_what_a_gpu_is_sent():
+    images, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 1, 1, requires_grad=True)
+    with benchmark.Launches() as launches:
+        images.view(2, -1).transpose(0, 1).detach()
+        assert launches.count == 0
+        result = torch.nn.functional.conv2d(images, weight).relu_()
+        assert launches.count == 2
+        result.sum().backward()
+        assert launches.count == 2 + 1 + 1 + 1 + 1  # the sum, its gradient of ones, ReLU's, the convolution's of its weight
+
+
+@pytest.mark.usefixtures('tiny_networks')
+def test_launches_of_a_step_are_the_same_on_the_meta_device():
+    """Where the optimiser and the clipping have no form for all parameters at once, which a GPU and the CPU have."""
+    run, (network, extras) = make_run(), make_network(NASNetworkCIFAR)
+    counts, used = [], len([*network.parameters()])
+    run.device, run.autocast = torch.device('meta'), contextlib.nullcontext
+    batch = torch.empty(4, 3, 32, 32, device='meta'), torch.empty(4, dtype=torch.long, device='meta'), 1.0
+    for count in (1, 2):
+        with benchmark.Launches() as launches:
+            steps(run, network.to('meta'), extras, [batch] * count)
+        counts.append(launches.count)
+    on_meta = counts[1] - counts[0]
+    (on_gpu,), per_arch = benchmark.count_launches('fixed'), benchmark.count_launches('supernet')
+    assert 0 < on_gpu < on_meta < on_gpu + 8 * used
+    assert len({*per_arch}) == 2 and min(per_arch) > 0
+
+
+@pytest.mark.usefixtures('tiny_networks')
+@pytest.mark.parametrize('layout, precision', [('contiguous', 'float32'), ('channels_last', 'tf32'), ('channels_last', 'bf16')])
+def test_benchmark_of_a_gpu_measures_networks_in_layouts_and_precisions(layout, precision):
+    for name in TINY_NETWORKS:
+        seconds, rate = benchmark.network_step(1, name, layout, precision, device='cpu', steps=2)
+        assert seconds > 0 and rate == 4 / seconds
+
+
+def test_benchmark_of_a_gpu_names_the_card(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'a card')
+    monkeypatch.setattr(benchmark, 'run_in_own_process', lambda name, repeats, images: {
+        'name': name, 'seconds': 0.5, 'per_second': 256.0, 'peak_mb': 99.0})
+    path = tmp_path / 'gpu.json'
+    for more in ([f'--json={path}'], [f'--compare={path}']):
+        monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--device=cuda', '--only=naonet_b', *more])
+        benchmark.main()
+    result = json.loads(path.read_text())
+    assert result['device'] == 'a card' and [row['name'] for row in result['rows']] == [
+        f'naonet_b_36_step {layout} {precision}' for layout in ('contiguous', 'channels_last')
+        for precision in ('float32', 'tf32', 'bf16')]
+    out = capsys.readouterr().out
+    assert out.count('a card, PyTorch') == 2 and out.count('naonet_b_36_step ') == 12 and f'1.00 of {path}' in out
 
 
 def test_benchmark_writes_its_results(tmp_path):

@@ -4,6 +4,8 @@
     python tools/benchmark.py --only score --json now.json     # one row, kept in a file
     python tools/benchmark.py --compare before.json            # with ratios to an earlier file
     python tools/benchmark.py --growth                         # how costs grow with pool, architectures and channels
+    python tools/benchmark.py --device cuda                    # networks on a GPU, in both layouts and three precisions
+    python tools/benchmark.py --launches                       # what a step sends to a GPU, counted without one
 
 The normalised cost is seconds × the GFLOP/s of a 2048×2048 float32 matrix product measured right before and after, so that
 numbers from noisy or different machines can be compared. Each row runs in a process of its own.
@@ -14,6 +16,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -24,11 +27,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
 import architecture
@@ -36,15 +42,18 @@ import controller
 import datasets
 import flags
 import image_files
+import kernels
+import operations
 import training
 import utils
-from model import NASNetworkCIFAR
+from model import NASNetworkCIFAR, NASNetworkImageNet
 from model_search import NASWSNetworkCIFAR
 from train_search import score_pool
 
 VOCABULARY = architecture.vocabulary(5, 'small')
 GLIBC_TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184'
 SAMPLED = 12  # random architectures that a supernet's row is the mean of
+PRECISIONS = {'float32': {'tf32': False}, 'tf32': {'tf32': True}, 'bf16': {'amp': 'bf16'}}  # name -> flags
 
 
 def measure_gflops() -> float:
@@ -60,7 +69,7 @@ def measure_gflops() -> float:
 
 
 def seconds_of(function: Callable[[], None], repeats: int) -> float:
-    """Median seconds of a call, after one that warms up."""
+    """Median seconds of a call that waits for its results, after one that warms up."""
     function()
     times = []
     for _ in range(repeats):
@@ -70,40 +79,52 @@ def seconds_of(function: Callable[[], None], repeats: int) -> float:
     return statistics.median(times)
 
 
-def make_run(seed: int = 0) -> utils.Run:
-    """A run on the CPU that writes nothing."""
-    return utils.Run(SimpleNamespace(device='cpu', output_dir='.', seed=seed, amp='off', tf32=False, compile=False))
+def make_run(**flags: object) -> utils.Run:
+    """A run, on the CPU unless flags say otherwise, that writes nothing."""
+    defaults = {'device': 'cpu', 'output_dir': '.', 'seed': 0, 'amp': 'off', 'tf32': None, 'layout': 'auto', 'compile': False}
+    return utils.Run(SimpleNamespace(**defaults | flags))
 
 
-def make_images(count: int) -> datasets.ImageSet:
-    """Random images of CIFAR's size."""
+def make_images(count: int, size: int = 32) -> datasets.ImageSet:
+    """Random images, of CIFAR's size if no other is asked for."""
     generator = torch.Generator().manual_seed(0)
-    size = 32 + 2 * datasets.CROP_PADDING
+    size += 2 * datasets.CROP_PADDING
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (datasets.CIFAR_MEAN, datasets.CIFAR_STD))
     return datasets.ImageSet(torch.randint(0, 1 << 24, (count, size, size), dtype=torch.int32, generator=generator),
                              torch.randint(0, 10, (count,), generator=generator), mean, std, flip=True)
 
 
-def training_step(run: utils.Run, model: torch.nn.Module, batch: int) -> Callable[..., None]:
-    """A function that makes one step of the training loop with a batch of random images."""
-    images, labels, _ = next(iter(datasets.TrainBatches(make_images(batch), batch, run.generators['data'], cutout_size=16)))
+def training_step(run: utils.Run, model: torch.nn.Module, batch: int, size: int = 32) -> Callable[..., None]:
+    """A function (further arguments of the model, how many) that makes steps of the training loop with random images."""
+    draws = torch.Generator().manual_seed(0)
+    images, labels, _ = next(iter(datasets.TrainBatches(make_images(batch, size), batch, draws, cutout_size=16)))
+    images, labels = images.to(run.device), labels.to(run.device)
     optimizer = training.sgd(run, model, 3e-4)
     model.train()
 
-    def step(*extras: object) -> None:
-        training.train_epoch(run, lambda images, step: model(images, *extras, step), optimizer, [(images, labels, 1.0)],
+    def steps(*extras: object, count: int = 1) -> None:
+        training.train_epoch(run, lambda images, step: model(images, *extras, step), optimizer, [(images, labels, 1.0)] * count,
                              title='', lr=0.025, step=100, clock=training.Clock(0, 1), grad_bound=5.0)
-    return step
+    return steps
 
 
 def naonet_step(name: str) -> Callable[[int], tuple[float, float]]:
     """The row of a found architecture's training step: 36 channels, batch 32."""
     def row(repeats: int) -> tuple[float, float]:
         run = make_run()
-        model = run.place(NASNetworkCIFAR(10, 6, 5, 36, 0.6, 0.8, True, 1000, architecture.PUBLISHED[name]))
-        seconds = seconds_of(training_step(run, model, 32), repeats)
+        seconds = seconds_of(training_step(run, make_naonet(run, name), 32), repeats)
         return seconds, 32 / seconds
     return row
+
+
+def make_naonet(run: utils.Run, name: str) -> NASNetworkCIFAR:
+    """A found architecture's network of the published size for CIFAR."""
+    return run.place(NASNetworkCIFAR(10, 6, 5, 36, 0.6, 0.8, True, 1000, architecture.PUBLISHED[name]))
+
+
+def make_imagenet(run: utils.Run) -> NASNetworkImageNet:
+    """NAONet-A of the published size for ImageNet."""
+    return run.place(NASNetworkImageNet(1000, 4, 5, 42, 1.0, 1.0, True, 1000, architecture.PUBLISHED['NAONet_A']))
 
 
 def make_supernet(run: utils.Run, channels: int = 20) -> NASWSNetworkCIFAR:
@@ -240,6 +261,70 @@ def image_batches(repeats: int, folder: str | None = None) -> tuple[float, float
     return seconds, len(files) / seconds, statistics.median(theirs / mine for mine, theirs in rounds[1:])
 
 
+class Network(NamedTuple):
+    """A network of the published size, whose training step is timed on a GPU, and whose launches are counted."""
+
+    make: Callable[[utils.Run], torch.nn.Module]
+    batch: int  # images of a step, as published
+    size: int = 32  # of the images
+    archs: int = 0  # random architectures of which a step takes one, if it is a supernet
+
+
+NETWORKS = {
+    'naonet_a_36_step': Network(lambda run: make_naonet(run, 'NAONet_A'), 128),
+    'naonet_b_36_step': Network(lambda run: make_naonet(run, 'NAONet_B'), 128),
+    'naonet_a_imagenet_step': Network(make_imagenet, 128, 224),
+    'supernet_step': Network(make_supernet, 64, archs=SAMPLED),
+}
+
+
+def network_step(repeats: int, name: str, layout: str, precision: str, device: str = 'cuda', steps: int = 20
+                 ) -> tuple[float, float]:
+    """A training step of one of NETWORKS, mean of `steps` that follow on each other, and of a supernet's architectures."""
+    network, run = NETWORKS[name], make_run(device=device, layout=layout, **PRECISIONS[precision])
+    step = training_step(run, network.make(run), network.batch, network.size)
+    extras = [(arch,) for arch in sample(network.archs)] or [()]
+    seconds = statistics.mean(seconds_of(partial(step, *each, count=steps), repeats) for each in extras) / steps
+    return seconds, network.batch / seconds
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that a GPU is sent: all but those that only reserve memory or look at it otherwise.
+
+    A convolution's gradients are one for each; one for many tensors at once, such as the optimiser's, is one.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        looks = any(value.alias_info is not None and not value.alias_info.is_write for value in function._schema.returns)
+        if not looks and not re.search(r'aten::(new_)?empty|aten::detach|aten::_unsafe_view|aten::lift', function.name()):
+            self.count += sum(args[-1]) if function.name() == 'aten::convolution_backward' else 1
+        return function(*args, **kwargs or {})
+
+
+def count_launches(name: str) -> list[int]:
+    """How many operations a training step of one of NETWORKS sends to a GPU; of a supernet one number for each architecture.
+
+    Counted on the CPU, on two images, with the operations of other devices.
+    """
+    network, run = NETWORKS[name], make_run(layout='contiguous')
+    step = training_step(run, network.make(run), 2, network.size)
+
+    def plain(x: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, weight, stride=stride)
+
+    def count(steps: int, *extras: object) -> int:
+        with (Launches() as launches, mock.patch.object(kernels, 'on_plain_cpu', lambda x: False),
+              mock.patch.object(operations, 'pointwise_conv', plain)):
+            step(*extras, count=steps)
+        return launches.count
+    return [count(2, *extras) - count(1, *extras)  # without what is read at an epoch's end
+            for extras in [(arch,) for arch in sample(network.archs)] or [()]]
+
+
 ROWS: dict[str, Callable[[int], tuple]] = {
     'naonet_a_36_step': naonet_step('NAONet_A'), 'naonet_b_36_step': naonet_step('NAONet_B'), 'supernet_step': supernet_step,
     'score': score, 'controller_epoch': controller_epoch, 'new_architectures': new_architectures,
@@ -252,6 +337,9 @@ def score_whole_pool(count: int) -> tuple[float, float]:
     return seconds * count, per_second
 
 
+ON_GPU: dict[str, Callable[[int], tuple]] = {
+    f'{name} {layout} {precision}': partial(network_step, name=name, layout=layout, precision=precision)
+    for name in NETWORKS for layout in ('contiguous', 'channels_last') for precision in PRECISIONS}
 POOLS = (100, 300, 600)
 GROWTH: dict[str, Callable[[int], tuple]] = {
     **{f'scoring a pool of {count}': lambda repeats, count=count: score_whole_pool(count) for count in POOLS},
@@ -277,6 +365,10 @@ def print_searches(rows: list[dict]) -> None:
 
 def run_row(name: str, repeats: int) -> dict[str, float | str]:
     """Measure one row in this process."""
+    if name in ON_GPU:
+        seconds, per_second = ON_GPU[name](repeats)
+        return {'name': name, 'seconds': seconds, 'per_second': per_second,
+                'peak_mb': torch.cuda.max_memory_allocated() / 2 ** 20}
     before = measure_gflops()
     seconds, per_second, *ratio = (ROWS | GROWTH)[name](repeats)
     gflops = (before + measure_gflops()) / 2
@@ -293,18 +385,73 @@ def run_in_own_process(name: str, repeats: int, images: str | None) -> dict[str,
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
+def measure_on_cpu(names: list[str], args: argparse.Namespace, old: dict[str, dict]) -> dict:
+    """Measure rows, print a line for each, and return what --json keeps."""
+    print(f'{"row":34}{"seconds":>10}{"per second":>12}{"normalised":>12}{"peak MB":>9}  ')
+    rows = []
+    for name in names:
+        row = run_in_own_process(name, args.repeats, args.images)
+        rows.append(row)
+        ratio = f'{row["ratio"]:.1f}x per-image transforms' if 'ratio' in row else ''
+        if name in old:
+            ratio += f'  {row["normalised"] / old[name]["normalised"]:.2f} of {args.compare}'
+        print(f'{name:34}{row["seconds"]:10.4f}{row["per_second"]:12.1f}{row["normalised"]:12.2f}{row["peak_mb"]:9.0f}  '
+              f'{ratio}', flush=True)
+    gflops = statistics.mean(row.pop('gflops') for row in rows)
+    if args.growth:
+        print_searches(rows)
+    print(f'matrix product: {gflops:.0f} GFLOP/s on {torch.get_num_threads()} threads')
+    return {'gflops': gflops, 'rows': rows}
+
+
+def measure_on_gpu(names: list[str], args: argparse.Namespace, old: dict[str, dict]) -> dict:
+    """As measure_on_cpu, for rows of ON_GPU, whose seconds are compared as they are."""
+    print(f'{torch.cuda.get_device_name()}, PyTorch {torch.__version__}')
+    print(f'{"row":46}{"seconds":>10}{"images/s":>12}{"peak MB":>9}  ')
+    rows = []
+    for name in names:
+        row = run_in_own_process(name, args.repeats, None)
+        rows.append(row)
+        ratio = f'{row["seconds"] / old[name]["seconds"]:.2f} of {args.compare}' if name in old else ''
+        print(f'{name:46}{row["seconds"]:10.4f}{row["per_second"]:12.1f}{row["peak_mb"]:9.0f}  {ratio}', flush=True)
+    return {'device': torch.cuda.get_device_name(), 'rows': rows}
+
+
+def print_launches() -> None:
+    """Print how many operations a training step of each of NETWORKS sends to a GPU."""
+    print(f'{"a training step of":34}{"launches":>10}')
+    for name in NETWORKS:
+        counts = count_launches(name)
+        spread = f'  ({min(counts)}-{max(counts)}, {len(counts)} architectures)' if len(counts) > 1 else ''
+        print(f'{name.removesuffix("_step"):34}{statistics.mean(counts):10.0f}{spread}', flush=True)
+
+
 def main() -> None:
     """Run the rows and print the table."""
     parser = flags.Parser('Measure what the programs cost.')
     which = parser.add_mutually_exclusive_group()
-    which.add_argument('--only', choices=ROWS, metavar='NAME', help=f'one row of: {" ".join(ROWS)}')
+    which.add_argument('--only', metavar='NAME', help=f'the rows that begin so: {" ".join(ROWS)}')
+    which.add_argument('--launches', action='store_true', help='count what a training step sends to a GPU, on the CPU')
     which.add_argument('--growth', action='store_true', help='how costs grow with pool, architectures and channels')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='cuda: networks in both layouts and in '
+                        'float32, TF32 and bf16')
     parser.add_argument('--json', metavar='FILE', help='also write the results there')
     parser.add_argument('--compare', metavar='FILE', help='print ratios to the results in this file')
     parser.add_argument('--repeats', type=flags.POSITIVE_INT, default=5, help='measurements of a row; the median counts')
     parser.add_argument('--images', metavar='DIR', help='a folder of JPEGs for image_batches (default: made ones)')
     parser.add_argument('--row', help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.launches:
+        print_launches()
+        return
+    if args.growth and args.device == 'cuda':
+        raise flags.UserError('--growth is measured on the CPU only')
+    names = [name for name in (GROWTH if args.growth else ON_GPU if args.device == 'cuda' else ROWS)
+             if name.startswith(args.only or '')]
+    if not names:
+        raise flags.UserError(f'--only={args.only}: is the beginning of no row; there are {", ".join(ROWS)}')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise flags.UserError('--device=cuda: there is no GPU; --launches counts what one would be sent')
     if args.images and not Path(args.images).is_dir():
         raise flags.UserError(f'--images={args.images}: is not a folder')
     if args.images:
@@ -318,22 +465,9 @@ def main() -> None:
         old = {row['name']: row for row in json.loads(Path(args.compare).read_text())['rows']} if args.compare else {}
     except (OSError, ValueError, KeyError, TypeError):
         raise flags.UserError(f'--compare={args.compare}: is not a file that --json wrote') from None
-    print(f'{"row":34}{"seconds":>10}{"per second":>12}{"normalised":>12}{"peak MB":>9}  ')
-    rows = []
-    for name in [args.only] if args.only else GROWTH if args.growth else ROWS:
-        row = run_in_own_process(name, args.repeats, args.images)
-        rows.append(row)
-        ratio = f'{row["ratio"]:.1f}x per-image transforms' if 'ratio' in row else ''
-        if name in old:
-            ratio += f'  {row["normalised"] / old[name]["normalised"]:.2f} of {args.compare}'
-        print(f'{name:34}{row["seconds"]:10.4f}{row["per_second"]:12.1f}{row["normalised"]:12.2f}{row["peak_mb"]:9.0f}  '
-              f'{ratio}', flush=True)
-    gflops = statistics.mean(row.pop('gflops') for row in rows)
-    if args.growth:
-        print_searches(rows)
-    print(f'matrix product: {gflops:.0f} GFLOP/s on {torch.get_num_threads()} threads')
+    result = measure_on_gpu(names, args, old) if args.device == 'cuda' else measure_on_cpu(names, args, old)
     if args.json:
-        Path(args.json).write_text(json.dumps({'gflops': gflops, 'rows': rows}, indent=1) + '\n')
+        Path(args.json).write_text(json.dumps(result, indent=1) + '\n')
 
 
 if __name__ == '__main__':
