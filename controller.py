@@ -262,8 +262,8 @@ class Settings(NamedTuple):
 
 PRESETS = {
     'paper': Settings(),
-    'best': Settings(epochs=300, later_updates=20, predictor_updates=150, lr=2e-3, trade_off=0.0, members=4, targets='ranks',
-                     loss='cross_entropy', unlabelled=50, redrawn=200, lambdas=(1, 4, 16, 64, 256), candidates=2000, beta=1.0),
+    'best': Settings(epochs=300, later_updates=20, predictor_updates=150, lr=2e-3, trade_off=0.5, members=4, targets='ranks',
+                     loss='cross_entropy', unlabelled=50, redrawn=200, lambdas=(1, 4, 16, 64, 256), candidates=2000, beta=2.0),
 }
 
 

@@ -204,6 +204,7 @@ def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
     except RuntimeError as error:
         if not (reason := known_end(error)):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would tell of a killed worker once more
         status, line = 1, f'stopped: {reason}' + '; the same command goes on from the last checkpoint' * goes_on
     except BrokenPipeError:  # such as `| head`
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 - what is left would raise again at the end

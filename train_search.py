@@ -24,14 +24,13 @@ import torch
 import architecture
 import candidates
 import checkpoint
-import costs
 import proposers
 import search_cost
+import search_files
 import search_setup
 import training
 from architecture import Architecture
-from disk import write_lines
-from flags import UserError, run_program
+from flags import run_program
 from model_search import score_pool
 from proposers import LEARNING, PROPOSERS, Known
 from search_setup import NETWORK_FLAGS
@@ -109,7 +108,7 @@ class Search:
             getattr(self, done)()
             self.phase = next_phase(self)
             self.save(after=done)
-        final = [arch for arch in self.final() if arch in self.pool] if self.args.child_rank_count else []
+        final = [arch for arch in search_files.read_final(self.run) if arch in self.pool] if self.args.child_rank_count else []
         if final:
             born = [self.born[self.pool.index(arch)] for arch in final]
             came = [max(number for number, first in self.rounds if first <= each) for each in born]
@@ -120,52 +119,22 @@ class Search:
             self.run.log(f'finished: none was trained from scratch to be ranked; the best by its score is {self.pool[0]}, the '
                          f'first of {self.run.output_dir / "arch_pool"}')
 
-    def final(self) -> list[Architecture]:
-        """The architectures of arch_pool.final, best first; none if it is not there."""
-        path = self.run.output_dir / 'arch_pool.final'
-        return [architecture.parse(line) for line in path.read_text().splitlines()] if path.exists() else []
-
     def load(self) -> dict[str, Any] | None:
         """Go on from the checkpoint in the output directory, if there is one; returns it. Raises UserError."""
-        path = self.checkpoint
-        state = self.run.together(lambda: checkpoint.load(path) if path.exists() else None)
-        if state is None:
-            return None
-        method = state['args'].get('method', self.args.method)
-        if state.get('phase') not in (*self.phases, 'done') or method != self.args.method:
-            raise UserError(f'{path} is not the checkpoint of a search by --method={self.args.method}; name another '
-                            '--output_dir')
-        checkpoint.require(state, self.fields | {'controller': list, 'pool': list, 'random': list, 'scaler': dict,
-                                                 'metrics_bytes': int}, path)
-        checkpoint.same_run(state, self.args, path)
-        search_setup.fill_controllers(self.naos, state, path)
-        try:
-            self.pool = [architecture.parse(line, self.args.child_nodes, self.vocabulary.operations) for line in state['pool']]
-        except (architecture.ArchitectureError, TypeError) as error:
-            raise UserError(f'{path}: its "pool" is damaged or of another --child_nodes ({error})') from None
-        if beyond := sum(not self.budget.admits(arch) for arch in self.pool):
-            raise UserError(f'{path}: {beyond} of its {len(self.pool)} architectures are beyond {self.budget}; give a larger '
-                            'budget, or name another --output_dir')
-        for name in self.fields:
-            setattr(self, name, state[name])
-        self.born, self.rounds = state.get('born', list(range(len(self.pool)))), state.get('rounds', [[0, 0]])
-        if self.phase == 'done':
+        state = search_files.load(self)
+        if state and self.phase == 'done':
             self.phase = self.reopen(state['args'])
-        self.resumed = {name: state[name] for name in ('args', 'random', 'scaler', 'metrics_bytes')}
         return state
+
+    def save(self, after: str = '', **more: Any) -> None:
+        """Write the checkpoint after a phase; `more` goes into it."""
+        self.run.save(search_files.state_of(self) | more, *self.checkpoints(after))
 
     def reopen(self, saved: dict[str, Any]) -> str:
         """The phase in which a finished search goes on if the flags ask for more than those `saved` did; else 'done'."""
         if saved.get(self.extent, math.inf) < getattr(self.args, self.extent):
             return self.after_measuring
-        return 'rank' if set(self.pool[:self.args.child_rank_count]) - set(self.final()) else 'done'
-
-    def save(self, after: str = '', **more: Any) -> None:
-        """Write the checkpoint after a phase; `more` goes into it."""
-        state = {'model': {}, 'optimizer': {}, 'epoch': self.number(), 'step': 0,
-                 'controller': [nao.state_dict() for nao in self.naos], 'pool': [str(arch) for arch in self.pool],
-                 'born': self.born, 'rounds': self.rounds, 'best_acc_top1': 100 * max(self.accuracies, default=0.0)}
-        self.run.save(state | {name: getattr(self, name) for name in self.fields} | more, *self.checkpoints(after))
+        return 'rank' if set(self.pool[:self.args.child_rank_count]) - set(search_files.read_final(self.run)) else 'done'
 
     def checkpoints(self, after: str) -> list[Path]:
         """Where the checkpoint after a phase is written to."""
@@ -182,24 +151,14 @@ class Search:
         for nao in self.naos:
             self.run.broadcast(nao)
 
-    def write_pool(self, suffix: str, pool: Sequence[Architecture], accuracies: Sequence[float] | None = None) -> None:
-        """Write arch_pool{suffix}, and arch_pool.perf{suffix} where there are accuracies."""
-        if not self.run.is_first:
-            return
-        write_lines(self.run.output_dir / f'arch_pool{suffix}', pool)
-        if accuracies is not None:
-            write_lines(self.run.output_dir / f'arch_pool.perf{suffix}', accuracies)
-
     def sort_pool(self, accuracies: Sequence[float], what: str) -> None:
         """Sort the pool by its accuracies, best first, and write it as arch_pool and arch_pool.NAME."""
         order = sorted(range(len(self.pool)), key=lambda index: -accuracies[index])
         self.pool, self.accuracies, self.born = ([values[i] for i in order] for values in (self.pool, accuracies, self.born))
         for suffix in (f'.{self.name()}', ''):
-            self.write_pool(suffix, self.pool, self.accuracies)
+            search_files.write_pool(self.run, suffix, self.pool, self.accuracies)
         madds = [self.budget.count(arch).madds for arch in self.pool]
-        front = costs.pareto(self.accuracies, madds)
-        self.write_pool('.pareto', [self.pool[i] for i in front])
-        self.write_pool('.pareto.perf', [f'{self.accuracies[i]} {madds[i]}' for i in front])
+        search_files.write_front(self.run, self.pool, self.accuracies, madds)
         mean = sum(accuracies) / len(accuracies)
         self.run.log(f'{what}: best {self.accuracies[0]:.4f}, mean {mean:.4f}, worst {self.accuracies[-1]:.4f}')
         self.run.write_metrics(kind='score', epoch=self.number(), accuracies=self.accuracies, best_arch=str(self.pool[0]),
@@ -251,7 +210,7 @@ class Search:
         self.replace([architecture.parse(line) for line in lines])
         self.rounds.append([self.name(), born])
         self.born = self.born + list(range(born, born + len(lines)))
-        self.write_pool('', self.pool)
+        search_files.write_pool(self.run, '', self.pool)
 
     def rank(self) -> None:
         """Rank the best architectures, by trainings from scratch or by those they had, and write arch_pool.final, if any."""
@@ -261,7 +220,7 @@ class Search:
             self.run.write_metrics(kind='rank', index=index, accuracy=accuracy, arch=str(arch))
         ranked = sorted(zip(accuracies, best, strict=True), key=lambda pair: -pair[0])
         if ranked:
-            self.write_pool('.final', [arch for _, arch in ranked], [accuracy for accuracy, _ in ranked])
+            search_files.write_pool(self.run, '.final', [arch for _, arch in ranked], [accuracy for accuracy, _ in ranked])
 
     def rank_accuracies(self, best: list[Architecture]) -> list[float]:
         """What the best are ranked by."""

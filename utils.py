@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import copy
 import errno
-import inspect
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import platform
 import re
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,18 +26,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import checkpoint
+import parallel
+import work_queue
 from disk import Lock, append_line, log_to
-from flags import Stopped, UserError
+from flags import UserError
 from progress import EventFile, LiveLine
 
 LAYOUTS = {'auto': None, 'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}  # of --layout
 LOG_EVERY = 100  # steps between two log lines
-LIFE_EVERY = 10  # seconds between two signs of life of a process that shares a queue with others
-LIFE_LIMIT = 600  # seconds without one after which it is given up, as collective operations do
 # What a run leaves that cannot go on, as its checkpoint is gone.
 LEFTOVER = re.compile(r'metrics\.jsonl|results\.\d+\.jsonl|(candidate|rank)-[0-9a-f]{8}\.pt')
 
@@ -80,36 +76,6 @@ def default_generator(device: torch.device) -> torch.Generator | None:
         torch.cuda.init()
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     return torch.default_generator if device.type == 'cpu' else None
-
-
-class Within(nn.Module):
-    """A model whose forward runs in a context of its own."""
-
-    def __init__(self, model: nn.Module, context: Callable[[], contextlib.AbstractContextManager]):
-        super().__init__()
-        self.model, self.context = model, context
-
-    def forward(self, *inputs: Any) -> Any:
-        """What the model makes of the inputs."""
-        with self.context():
-            return self.model(*inputs)
-
-
-class EvenDataParallel(DataParallel):
-    """DataParallel that leaves a GPU out where the last one would get a single image, on which batch-norm cannot train.
-
-    autocast: the context that each replica's forward runs in: the threads that PyTorch starts do not know its dtype.
-    """
-
-    def __init__(self, model: nn.Module, autocast: Callable[[], contextlib.AbstractContextManager],
-                 devices: list[torch.device] | None = None):
-        super().__init__(Within(model, autocast), devices)
-
-    def scatter(self, inputs: tuple, kwargs: dict[str, Any] | None, device_ids: list[int]) -> Any:
-        """The inputs, of which the first is the images (batch, ...), in a part for each GPU."""
-        batch = len(inputs[0])
-        used = next(count for count in range(len(device_ids), 0, -1) if (batch - 1) % math.ceil(batch / count) or count == 1)
-        return super().scatter(inputs, kwargs, device_ids[:used])
 
 
 class Run:
@@ -213,50 +179,7 @@ class Run:
 
     def queue(self, name: str, count: int) -> Iterator[int]:
         """Yield the next of 0..count-1 that no process has taken, until there is none and all processes have finished."""
-        if self.world == 1:
-            yield from range(count)
-            return
-        with self.signs_of_life(name):
-            while (index := self.store.add(f'{name} taken', 1) - 1) < count:
-                yield index
-            self.store.add(f'{name} finished', 1)
-            self.wait_for_all(name)
-
-    @contextlib.contextmanager
-    def signs_of_life(self, name: str) -> Iterator[None]:
-        """While the body runs, count up in the store, so that others see that this process is there."""
-        over = threading.Event()
-
-        def count_up() -> None:
-            with contextlib.suppress(RuntimeError):  # the store is gone: the main thread will hear of it
-                while not over.wait(LIFE_EVERY):
-                    self.store.add(f'{name} life {self.rank}', 1)
-        thread = threading.Thread(target=count_up, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-    def wait_for_all(self, name: str) -> None:
-        """Wait until all processes have finished a queue, which may take hours: a collective operation would time out.
-
-        Raises flags.Stopped when one shows no life any more: its machine vanished, or it hangs.
-        """
-        counts, changed, look = [-1] * self.world, [0.0] * self.world, 0.0
-        while self.store.add(f'{name} finished', 0) < self.world:
-            now = time.monotonic()
-            if now >= look:
-                look = now + LIFE_EVERY
-                for rank in range(self.world):
-                    count = self.store.add(f'{name} life {rank}', 0)
-                    if count != counts[rank]:
-                        counts[rank], changed[rank] = count, now
-                    elif now - changed[rank] > LIFE_LIMIT:
-                        raise Stopped(f'process {rank} has not answered for {LIFE_LIMIT} s; the same command goes on '
-                                               'with what is done')
-            time.sleep(0.2)
+        return work_queue.share(self.store, self.rank, self.world, name, count) if self.world > 1 else iter(range(count))
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value."""
@@ -427,30 +350,15 @@ class Run:
                     buffer /= self.world
 
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Average the gradients of parameters that all processes used in a step, the same ones, in a single message."""
+        """Average the gradients of parameters that all processes used in a step, the same ones."""
         if self.world > 1:
-            gradients = [parameter.grad for parameter in parameters]
-            flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(self.world)
-            dist.all_reduce(flat)
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+            parallel.average_gradients(parameters, self.world)
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """What to train: the model itself, or it over all processes, or over all GPUs of this one.
-
-        Over processes the gradients lie in the buckets that are sent, for which a step must zero them, not drop them: made
-        anew they would be copied there, with a warning where the device's kernels give them other strides.
-        """
+        """What to train: the model itself, or it over all processes, or over all GPUs of this one."""
         if self.world > 1:
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            known = inspect.signature(DistributedDataParallel).parameters
-            sync = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # its older name
-            parallel = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == 'cuda' else None,
-                                               gradient_as_bucket_view=True, **{sync: False})
-            parallel.register_comm_hook(None, allreduce_hook)  # averages a bucket at once, not each gradient
-            return parallel
-        return EvenDataParallel(model, self.autocast, self.devices) if len(self.devices) > 1 else model
+            return parallel.over_processes(model, self.device)
+        return parallel.EvenDataParallel(model, self.autocast, self.devices) if len(self.devices) > 1 else model
 
     def environment(self) -> str:
         """Where and how the program computes, as a log line shows it: device, processes, PyTorch, precision, layout."""

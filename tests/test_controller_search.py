@@ -343,6 +343,18 @@ def test_benchmark_says_in_one_line_what_is_wrong_with_a_table(tmp_path, text, p
     assert len(done.stderr.splitlines()) == 1 and str(table) in done.stderr and problem in done.stderr
 
 
+def test_a_benchmark_goes_on_where_it_was_interrupted(tmp_path):
+    table, kept = write_token_table(tmp_path / 'table.csv'), tmp_path / 'kept.jsonl'
+    options = ('--table', table, '--method', 'random', '--queries', 50)
+    first = benchmark(*options, '--seeds', 1, '--keep', kept)
+    assert first.returncode == 0, first.stderr
+    line = kept.read_text()
+    kept.write_text(line + line[:20])  # cut off
+    again, alone = benchmark(*options, '--seeds', 2, '--keep', kept), benchmark(*options, '--seeds', 2)
+    assert kept.read_text().startswith(line) and len(kept.read_text().splitlines()) == 2
+    assert [text.stdout.rsplit(None, 1)[0] for text in (again, alone)] == [alone.stdout.rsplit(None, 1)[0]] * 2
+
+
 def test_an_ablation_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
     table, output, measured = write_token_table(tmp_path / 'table.csv'), tmp_path / 'out.jsonl', []
 

@@ -10,6 +10,7 @@ import torch
 from helpers import TINY, Program, assert_equal, few_digits, load, make_run, run
 from torch import nn
 
+import parallel
 import training
 import utils
 from model import NASNetworkCIFAR
@@ -52,7 +53,7 @@ def visible(monkeypatch):
 def test_found_architectures_train_on_all_visible_gpus(gpus, flags, world, wanted, visible, monkeypatch, capsys):
     monkeypatch.setattr(utils, 'choose_device', lambda name: torch.device('cpu'))
     run, model, wrapped = visible(gpus, **flags), nn.Linear(2, 2), []
-    monkeypatch.setattr(utils, 'EvenDataParallel', lambda model, autocast, devices: wrapped.append(devices) or model)
+    monkeypatch.setattr(parallel, 'EvenDataParallel', lambda model, autocast, devices: wrapped.append(devices) or model)
     assert run.parallel(model) is model and not wrapped  # as in a search
     run.world = world
     run.use_all_gpus()
@@ -97,7 +98,7 @@ def test_the_first_lines_say_how_many_images_each_gpu_gets(batch, gpus, world, w
     assert (f'warning: batch-norm normalises by the {batch // (gpus * world)} images on each of' in err) == warns
 
 
-class OnTheCPU(utils.EvenDataParallel):
+class OnTheCPU(parallel.EvenDataParallel):
     """As on `gpus` GPUs, but each part is computed on the CPU, by the network itself, in a thread as PyTorch starts it."""
 
     def __init__(self, run, model, gpus):
@@ -170,12 +171,12 @@ def test_a_checkpoint_under_data_parallel_has_the_names_of_one_gpu(few, tmp_path
     """DataParallel on the CPU hands everything to the network, but its parameters are called module.…"""
     command = ['train_cifar.py', '--dataset=digits', '--device=cpu', '--nodes=1', '--layers=1', '--channels=2', '--epochs=2',
                f'--fixed_arc={TINY}', '--batch_size=16', '--lr_max=0.1']
-    parallel = few + """
-import torch, utils
-utils.Run.parallel = lambda self, model: utils.EvenDataParallel(model, self.autocast)
+    several = few + """
+import parallel, torch, utils
+utils.Run.parallel = lambda self, model: parallel.EvenDataParallel(model, self.autocast)
 """
     started = [Program(*command, f'--output_dir={tmp_path / name}', preamble=preamble)
-               for name, preamble in (('one', few), ('several', parallel))]
+               for name, preamble in (('one', few), ('several', several))]
     for program in started:
         result = program.wait()
         assert result.status == 0, result

@@ -149,7 +149,7 @@ candidates.train_candidate = slow
 
 def life(limit):
     """A preamble: a process shows its life often, and is given up after `limit` seconds."""
-    return f'import utils\nutils.LIFE_EVERY, utils.LIFE_LIMIT = 0.2, {limit}\n'
+    return f'import work_queue\nwork_queue.LIFE_EVERY, work_queue.LIFE_LIMIT = 0.2, {limit}\n'
 
 
 def test_no_process_idles_while_candidates_remain(few, tmp_path):

@@ -9,7 +9,6 @@ of the mean regrets after 150 / 200 queries is printed at the end.
 
 import argparse
 import functools
-import json
 import re
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 from benchmark_search import CHECKPOINTS, nao, run
-from search_tables import Table, UserError, read_table, regrets
+from search_tables import Table, UserError, add_result, read_results, read_table, regrets
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,8 +26,8 @@ from controller import PRESETS, Settings
 CHANGES = {
     'first fit of 300 epochs': ('epochs',),
     'later fits of a few steps': ('later_updates',),
-    'predictor fitted anew': ('predictor_updates', 'trade_off'),
-    'encoder that sees no accuracies': ('trade_off',),
+    'predictor fitted anew': ('predictor_updates',),
+    'trade-off of a half': ('trade_off',),
     'ranks and cross-entropy': ('targets', 'loss'),
     'unlabelled': ('unlabelled',),
     'learning rate': ('lr',),
@@ -40,14 +39,13 @@ CHANGES = {
 
 
 def variants() -> dict[str, Settings]:
-    """The settings to measure, by what they are, without those in which a change does nothing or nobody fits the predictor."""
+    """The settings to measure, by what they are, without those in which a change does nothing."""
     paper, best = PRESETS['paper'], PRESETS['best']
     settings = {'best': best, 'paper': paper}
     for what, fields in CHANGES.items():
         settings[f'best without: {what}'] = best._replace(**{field: getattr(paper, field) for field in fields})
         settings[f'paper with: {what}'] = paper._replace(**{field: getattr(best, field) for field in fields})
-    return {what: each for what, each in settings.items()
-            if (each.trade_off or each.predictor_updates) and (each.candidates or not each.beta)}
+    return {what: each for what, each in settings.items() if each.candidates or not each.beta}
 
 
 def measure(settings: Settings, table: Table, seed: int, queries: int) -> dict:
@@ -56,16 +54,6 @@ def measure(settings: Settings, table: Table, seed: int, queries: int) -> dict:
     curve = regrets(table, run(functools.partial(nao, settings=settings), table, queries, 40, 10, seed), queries)
     return {'regret': {str(count): float(curve[count - 1]) for count in CHECKPOINTS if count <= queries},
             'seconds': time.process_time() - start}
-
-
-def read_results(path: Path) -> dict[tuple[str, str, int], dict]:
-    """What has been measured, by (what, table, seed); a last line that was cut off is taken out of the file."""
-    text = path.read_text() if path.exists() else ''
-    whole = text[:text.rfind('\n') + 1]
-    if whole != text:
-        path.write_text(whole)
-    lines = [json.loads(line) for line in whole.splitlines()]
-    return {(line['what'], line['table'], line['seed']): line for line in lines}
 
 
 def show(results: dict[tuple[str, str, int], dict], tables: list[str]) -> None:
@@ -93,15 +81,14 @@ def main() -> None:
         parser.error(f'--queries={arguments.queries}, but the regret is reported after 150 and 200')
     torch.set_num_threads(1)
     tables = {Path(path).stem: read_table(path) for path in arguments.table}
-    results = read_results(arguments.output)
+    results = read_results(arguments.output, ('what', 'table', 'seed'))
     for seed in range(arguments.seeds):
         for what, settings in variants().items():
             for name, table in tables.items():
                 if (what, name, seed) in results or not re.search(arguments.only, what):
                     continue
                 line = {'what': what, 'table': name, 'seed': seed, **measure(settings, table, seed, arguments.queries)}
-                with arguments.output.open('a') as file:
-                    file.write(json.dumps(line) + '\n')
+                add_result(arguments.output, line)
                 results[what, name, seed] = line
     show(results, list(tables))
 

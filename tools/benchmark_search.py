@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from search_tables import Sequence, Table, UserError, read_table, regrets
+from search_tables import Sequence, Table, UserError, add_result, curve_of, read_results, read_table, regrets, steps_of
 
 from controller import NAO, PRESETS, TARGETS, Settings, fit_all, propose, rank
 
@@ -36,6 +36,7 @@ LENGTHS = (1, 2, 4, 8)  # what the Gaussian process chooses from
 NOISE = 0.05  # its variance; that of the targets is 1
 ROWS = 20_000  # random architectures that it ranks where a table has more
 LARGEST_BETA = 2
+KEY = ('table', 'method', 'seed', 'queries', 'initial', 'round')  # what makes a search the one that --keep has
 
 
 class Search(NamedTuple):
@@ -201,12 +202,22 @@ def run(method: Callable[[Search], Iterator[list[Sequence]]], table: Table, quer
     return list(asked)
 
 
-def measure(method: str, table: Table, arguments: argparse.Namespace) -> tuple[Tensor, float]:
-    """Regrets (seeds, queries) of a method and its mean seconds a seed."""
-    start = time.perf_counter()
-    curves = [regrets(table, run(METHODS[method], table, arguments.queries, arguments.initial, arguments.round, seed),
-                      arguments.queries) for seed in range(arguments.seeds)]
-    return torch.stack(curves), (time.perf_counter() - start) / arguments.seeds
+def measure(method: str, name: str, table: Table, arguments: argparse.Namespace) -> tuple[Tensor, float]:
+    """Regrets (seeds, queries) of a method and its mean processor seconds a seed; what --keep has is not measured again."""
+    kept = read_results(arguments.keep, KEY) if arguments.keep else {}
+    curves, seconds = [], []
+    for seed in range(arguments.seeds):
+        key = (name, method, seed, arguments.queries, arguments.initial, arguments.round)
+        if key not in kept:
+            start = time.process_time()
+            asked = run(METHODS[method], table, arguments.queries, arguments.initial, arguments.round, seed)
+            kept[key] = dict(zip(KEY, key, strict=True)) | {'seconds': round(time.process_time() - start, 2),
+                                                            'steps': steps_of(regrets(table, asked, arguments.queries))}
+            if arguments.keep:
+                add_result(arguments.keep, kept[key])
+        curves.append(curve_of(kept[key]['steps'], arguments.queries))
+        seconds.append(kept[key]['seconds'])
+    return torch.stack(curves), sum(seconds) / len(seconds)
 
 
 def standard_error(curves: Tensor) -> Tensor:
@@ -267,6 +278,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--round', type=int, default=10, help='those that it asks for at a time (default: %(default)s)')
     parser.add_argument('--method', type=methods_of, action='append', metavar='METHOD[,METHOD]',
                         help=f'what to measure, may be repeated: {", ".join(METHODS)} (default: all of them)')
+    parser.add_argument('--keep', type=Path, metavar='JSONL', help='add each search to this file, and make none again that it '
+                        'has: what was interrupted goes on')
     parser.add_argument('--plot', metavar='PNG', help='draw the curves to this file (needs matplotlib)')
     parser.add_argument('--json', metavar='FILE', help='write the numbers to this file')
     arguments = parser.parse_args()
@@ -299,7 +312,7 @@ def main() -> None:
             print(name)
         print(f'{"regret after":<14}' + ''.join(f'{count:>16}' for count in reported) + f'{"seconds/seed":>14}')
         for method in arguments.method:
-            results[name][method], seconds = measure(method, table, arguments)
+            results[name][method], seconds = measure(method, name, table, arguments)
             values = report[name]['regret'][method] = summary(results[name][method])
             report[name]['seconds_per_seed'][method] = seconds
             print(f'{method:<14}' + ''.join(f'{f"{mean:.3f} ± {error:.3f}":>16}' for mean, error in values.values())

@@ -5,6 +5,7 @@ Two kinds, told apart by their first line. `architecture,accuracy`: NAS-Bench-20
 equal length, a line's first column the choices made, space-separated numbers from 0. Further columns are ignored.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -106,3 +107,32 @@ def regrets(table: Table, asked: list[Sequence], queries: int) -> torch.Tensor:
     """The regret after 1, 2, … queries, (queries,); when the whole table has been asked it stays where it is, at 0."""
     best = torch.tensor([table.accuracies[sequence] for sequence in asked], dtype=torch.float64).cummax(0).values
     return max(table.accuracies.values()) - torch.cat([best, best[-1:].expand(queries - len(best))])
+
+
+def steps_of(curve: torch.Tensor) -> list[list[float]]:
+    """A curve (queries,) of regrets as [queries asked, regret from then on], in the order of the queries."""
+    values = curve.tolist()
+    return [[query, value] for query, value in enumerate(values, start=1) if query == 1 or value < values[query - 2]]
+
+
+def curve_of(steps: list[list[float]], queries: int) -> torch.Tensor:
+    """The curve (queries,) that `steps_of` wrote down."""
+    values = torch.zeros(queries, dtype=torch.float64)
+    for query, value in steps:
+        values[int(query) - 1:] = value
+    return values
+
+
+def read_results(path: Path, names: tuple[str, ...]) -> dict[tuple, dict]:
+    """What has been measured, by its values of `names`; a last line that was cut off is taken out of the file."""
+    text = path.read_text() if path.exists() else ''
+    whole = text[:text.rfind('\n') + 1]
+    if whole != text:
+        path.write_text(whole)
+    return {tuple(line[name] for name in names): line for line in map(json.loads, whole.splitlines())}
+
+
+def add_result(path: Path, result: dict) -> None:
+    """Add what has been measured to a file, as a line of JSON."""
+    with path.open('a') as file:
+        file.write(json.dumps(result) + '\n')

@@ -1,0 +1,60 @@
+"""A queue that processes share: each takes the next task that nobody has, and who waits knows who is still alive."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from flags import Stopped
+
+LIFE_EVERY = 10  # seconds between two signs of life of a process that shares a queue with others
+LIFE_LIMIT = 600  # seconds without one after which it is given up, as collective operations do
+
+
+def share(store: dist.Store, rank: int, world: int, name: str, count: int) -> Iterator[int]:
+    """Yield the next of 0..count-1 that no process has taken, until there is none and all of `world` have finished."""
+    with signs_of_life(store, rank, name):
+        while (index := store.add(f'{name} taken', 1) - 1) < count:
+            yield index
+        store.add(f'{name} finished', 1)
+        wait_for_all(store, world, name)
+
+
+@contextlib.contextmanager
+def signs_of_life(store: dist.Store, rank: int, name: str) -> Iterator[None]:
+    """While the body runs, count up in the store, so that others see that this process is there."""
+    over = threading.Event()
+
+    def count_up() -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: the main thread will hear of it
+            while not over.wait(LIFE_EVERY):
+                store.add(f'{name} life {rank}', 1)
+    thread = threading.Thread(target=count_up, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def wait_for_all(store: dist.Store, world: int, name: str) -> None:
+    """Wait until all processes have finished a queue, which may take hours: a collective operation would time out.
+
+    Raises flags.Stopped when one shows no life any more: its machine vanished, or it hangs.
+    """
+    counts, changed, look = [-1] * world, [0.0] * world, 0.0
+    while store.add(f'{name} finished', 0) < world:
+        now = time.monotonic()
+        if now >= look:
+            look = now + LIFE_EVERY
+            for rank in range(world):
+                count = store.add(f'{name} life {rank}', 0)
+                if count != counts[rank]:
+                    counts[rank], changed[rank] = count, now
+                elif now - changed[rank] > LIFE_LIMIT:
+                    raise Stopped(f'process {rank} has not answered for {LIFE_LIMIT} s; the same command goes on with what is '
+                                  'done')
+        time.sleep(0.2)
