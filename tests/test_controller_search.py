@@ -1,18 +1,22 @@
 """The search that the controller makes: its settings, its steps, and the benchmark of tables (tools/benchmark_search.py)."""
 
+import contextlib
 import functools
+import io
 import itertools
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import ablation
+import benchmark_search
 import pytest
 import torch
 from benchmark_search import METHODS, run
-from search_tables import OPERATIONS, read_table, regrets
+from search_tables import OPERATIONS, UserError, read_table, regrets
 
 from architecture import swap_operands, vocabulary
 from controller import (
@@ -234,7 +238,24 @@ def write_table(path, rows=300):
 
 
 def benchmark(*options):
-    return subprocess.run([sys.executable, TOOL, *map(str, options)], capture_output=True, text=True, check=False)
+    """Run the benchmark here, which saves a start of PyTorch."""
+    out, err = io.StringIO(), io.StringIO()
+    with (mock.patch.object(sys, 'argv', [TOOL.name, *map(str, options)]), contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(err)):
+        try:
+            benchmark_search.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        except UserError as error:
+            status = 2
+            print(error, file=err)
+    return subprocess.CompletedProcess(options, status, out.getvalue(), err.getvalue())
+
+
+def test_the_program_ends_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, TOOL, '--table', tmp_path / 'none'], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith('benchmark_search.py: ') and len(done.stderr.splitlines()) == 1
 
 
 def test_benchmark_prints_and_writes_the_methods_asked_for(tmp_path):
