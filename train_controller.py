@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     add(group, 'output_dir', 'directory of new_arch_pool, new_arch_pool.predicted and train.log', 'exp/controller',
         metavar='DIR', type=directory)
     add_machine_flags(group)
-    parser.set_defaults(amp='off', tf32=False)  # of a Run
+    parser.set_defaults(amp='off', tf32=None, layout='auto')  # of a Run
     search_setup.add_controller_flags(parser, without=('seed_arch', 'new_arch'))
     costs.add_flags(parser)
     search_setup.set_preset(parser)

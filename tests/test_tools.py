@@ -69,8 +69,8 @@ def test_plots(runs, tmp_path):
 
 def test_of_a_few_values_none_is_left_out():
     plot = tool('tools/plot.py')
-    assert plot.frame([69.4, 60.0, 52.1], 3 // 10) == (52.1, 69.4)
-    assert plot.frame([0.0] + [50.0 + index for index in range(19)], 20 // 10) == (51, 68)
+    assert plot.frame([69.4, 60.0, 52.1], 1) == (52.1, 69.4)
+    assert plot.frame([0.0] + [60.0 + index for index in range(19)], 20 // 10) == (61, 78)
 
 
 @needs_matplotlib

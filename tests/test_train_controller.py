@@ -184,8 +184,8 @@ def test_flags_that_do_not_go_together(flags, words, tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--seed=1'], ['is of a run with --seed=0, not 1', '--state']),
-    (['--search_space=large'], ['--search_space=small, not large', 'name another --state']),
+    (['--seed=1'], ['is of a run with --seed=0, not --seed=1', '--state']),
+    (['--search_space=large'], ['--search_space=small, not --search_space=large', 'name another --state']),
     (['--controller_members=2'], ['has 1 controllers; give the --controller_members']),
     (['--controller_mlp_layers=1'], ['of another architecture or size', '--controller_*, --nodes and --search_space'])])
 def test_a_state_of_something_else_is_refused_and_kept(flags, words, fitted, tmp_path):

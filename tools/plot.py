@@ -60,12 +60,12 @@ class Panel(NamedTuple):
 
 
 def frame(values: list[float], few: int) -> tuple[float, float]:
-    """The lowest and the highest value, without those of the `few` at an end that would take more than half of the range."""
+    """The lowest and the highest value, without those of the `few` at an end that would take most of the range."""
     ordered = sorted(values)
     low, high, few = ordered[0], ordered[-1], min(few, (len(ordered) - 1) // 2)
-    if high - ordered[few] < (high - low) / 2:
+    if high - ordered[few] < (high - low) / 4:
         low = ordered[few]
-    if ordered[-1 - few] - low < (high - low) / 2:
+    if ordered[-1 - few] - low < (high - low) / 4:
         high = ordered[-1 - few]
     return low, high
 
@@ -74,11 +74,11 @@ def finish(axes: Axes, title: str, x: str, y: str, curves: Iterable[list[float]]
            share: int = 10) -> None:
     """Title, names and limits of the axes, and a legend under the title, where it covers nothing.
 
-    The limits are within 0 and `most`, and leave out at most one in `share` values of each curve, none of a few; see `frame`.
+    The limits are within 0 and `most`, and leave out at most one in `share` values of each curve, see `frame`.
     """
     curves = [finite for values in curves if (finite := [value for value in values if np.isfinite(value)])] or [[0.0]]
     values = [*itertools.chain(*curves)]
-    lows, highs = zip(*(frame(of_one, len(of_one) // share) for of_one in curves), strict=True)
+    lows, highs = zip(*(frame(of_one, max(1, len(of_one) // share)) for of_one in curves), strict=True)
     margin = 0.07 * (max(highs) - min(lows)) or 0.05 * max(highs) or 1.0
     low, high = max(0.0, min(lows) - margin), min(most, max(highs) + margin)
     axes.set(xlabel=x, ylabel=y, ylim=(low, high))

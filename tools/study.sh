@@ -16,8 +16,7 @@ export OMP_NUM_THREADS=1 OUT
 images=(--dataset=folder --zip_file --data="$data" --image_size=16 --device=cpu --train_images=5000)
 child=("${images[@]}" --valid_images=5000 --search_space=small --child_layers=1 --child_channels=8 --child_nodes=5
   --child_batch_size=64 --child_drop_path_keep_prob=1.0 --child_l2_reg=3e-4 --child_lr_max=0.1 --child_lr_min=0.001)
-# An architecture on its own: the cosine reaches its end in the last of the 4 epochs.
-alone=(--method=NAO "${child[@]}" --no-child_use_aux_head --child_epochs=4 --child_lr_epochs=3 --child_eval_batch_size=500)
+alone=(--method=NAO "${child[@]}" --no-child_use_aux_head --child_epochs=4 --child_lr_epochs=4 --child_eval_batch_size=500)
 supernet=(--method=NAO-WS "${child[@]}" --child_epochs=60 --child_eval_batch_size=5000 --child_rank_count=0)
 final=(--layers=1 --channels=8 --nodes=5 --batch_size=64 --no-use_aux_head --drop_path_keep_prob=1.0 --l2_reg=3e-4
   --lr_max=0.1 --lr_min=0.001 --epochs=16 --cutout_size=0 --holdout=1000)
