@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from disk import need_file
 from operations import OPERATIONS, SEARCH_SPACES
 
 ALL_OPERATIONS = range(len(OPERATIONS))
@@ -90,8 +91,9 @@ def read_pool(path: str | Path, nodes: int | None = None, operations: range = AL
               check: Callable[[Architecture], None] = lambda arch: None) -> list[Architecture]:
     """Read a pool file, one architecture a line; ArchitectureError names the file and the line that is wrong.
 
-    check: raises ArchitectureError for an architecture that is not wanted.
+    check: raises ArchitectureError for an architecture that is not wanted. Raises UserError for a pipe.
     """
+    need_file(path)
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

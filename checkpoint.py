@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from disk import write_whole
+from disk import need_file, write_whole
 from flags import UserError
 
 NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'), np.dtype,
@@ -25,6 +25,13 @@ NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], '
 
 # Flags by which a run is another one; what is changed beside these goes on as the same run.
 ANOTHER_RUN = ('seed', 'dataset', 'method', 'search_space', 'proposer', 'train_images', 'valid_images', 'holdout')
+
+
+NUMBER = (int, float, np.number, Tensor)  # what an accuracy may be
+IMAGES = {'classes': [str], 'size': int, 'mean': [float], 'std': [float]}  # see datasets.ImageSet.info
+KINDS = {  # of what a checkpoint may have: a type, or in a list that of a list's items
+    'arch': str, 'classes': [str], 'images': dict, 'scaler': dict, 'metrics_bytes': int,
+    'last_acc_top1': NUMBER, 'accuracies': [NUMBER], 'pool': [str], 'controller': [dict], 'born': [int], 'rounds': [[int]]}
 
 
 def save(state: dict[str, Any], *paths: Path) -> None:
@@ -47,6 +54,7 @@ def load(path: str | Path, flag: str = '--output_dir') -> dict[str, Any]:
 
     flag: that which names its place, for messages, here and below.
     """
+    need_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBER]), warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -62,10 +70,14 @@ def load(path: str | Path, flag: str = '--output_dir') -> dict[str, Any]:
                         f'to begin anew delete it or name another {flag}') from None
     args = state.get('args', {}) if isinstance(state, dict) else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(args, dict) or not isinstance(state.get('model'), dict):
+    if not isinstance(args, dict) or not isinstance(state.get('model'), dict) or not all(
+            isinstance(name, str) for name in state['model']):
         raise UserError(f'{path}: is not a checkpoint of this project: a dict with "model" and "args" is needed')
     state['args'] = args
     state['model'] = {name.removeprefix('module.'): value for name, value in state['model'].items()}
+    require(state, {name: KINDS[name] for name in KINDS.keys() & state.keys()}, path, flag=flag)
+    if state.get('images'):
+        require(state['images'], IMAGES, path, flag=flag)
     return state
 
 
@@ -77,14 +89,21 @@ def load_network(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def require(state: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], path: str | Path, advice: str = '',
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind, see KINDS; an int is a count."""
+    if isinstance(kind, list):
+        return isinstance(value, list | tuple) and all(is_of(item, kind[0]) for item in value)
+    return isinstance(value, kind) and (kind is not int or value >= 0)
+
+
+def require(state: dict[str, Any], kinds: dict[str, Any], path: str | Path, advice: str = '',
             flag: str = '--output_dir') -> None:
     """Raise UserError if a checkpoint lacks what a run needs to go on from it, or has it of another kind.
 
     advice: what else can be done with it.
     """
     for name, kind in kinds.items():
-        if not isinstance(state.get(name), kind) or (kind is int and state[name] < 0):
+        if not is_of(state.get(name), kind):
             problem = f'has no "{name}"' if name not in state else f'its "{name}" is damaged ({str(state[name])[:40]!r})'
             raise UserError(f'{path}: {problem}, so no run can go on from it; {advice}name another {flag}')
 
@@ -131,9 +150,9 @@ def fill_model(model: nn.Module, weights: dict[str, Tensor], path: str | Path,
     flags: those that make the network what it is, for the message.
     """
     wanted = model.state_dict()
-    rows, wanted_rows = (len(names['classifier.weight']) if 'classifier.weight' in names else 0 for names in (weights, wanted))
+    rows, wanted_rows = (getattr(names.get('classifier.weight'), 'shape', ())[:1] for names in (weights, wanted))
     if rows and wanted_rows and rows != wanted_rows:
-        raise UserError(f'{path}: is for {rows} classes, this data set has {wanted_rows}; give the --dataset or '
+        raise UserError(f'{path}: is for {rows[0]} classes, this data set has {wanted_rows[0]}; give the --dataset or '
                         '--data it was trained on')
     try:
         model.load_state_dict(weights)

@@ -15,6 +15,12 @@ from typing import IO, Any
 from flags import UserError
 
 
+def need_file(path: str | Path) -> None:
+    """Raise UserError for a pipe or a device where a file is expected: whoever opened it might wait without end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f'{path}: is a pipe or a device; a file is needed here')
+
+
 def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Let `write` fill a new file beside `path`, flush it to the disk and put it in the place of what is there.
 
@@ -43,6 +49,7 @@ def write_lines(path: Path, lines: list[Any]) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file and see it to the disk; it stays apart from a last line that was cut off."""
+    need_file(path)
     with open(path, 'ab+') as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
@@ -63,8 +70,9 @@ def read_records(path: Path, needed: dict[str, dict[str, type | tuple[type, ...]
 
     needed: the fields, and their types, that records of a kind must have; of a kind that it lacks none. Lines that are no such
     records are named in one warning and count as not there; a last one without a line break, which may be being written,
-    counts as not there in silence. Raises OSError.
+    counts as not there in silence. Raises OSError, UserError.
     """
+    need_file(path)
     records, damaged = [], []
     lines = Path(path).read_bytes().split(b'\n')
     for number, line in enumerate(lines, start=1):
@@ -100,6 +108,7 @@ class LoggedStream:
 
 def log_to(path: Path, early: str) -> None:
     """Append what this process prints to a log file from now on, and what it printed early before."""
+    need_file(path)
     log = open(path, 'a', encoding='utf-8', errors='backslashreplace')  # noqa: SIM115 - as long as we run
     log.write(early)
     sys.stdout, sys.stderr = LoggedStream(sys.stdout, log), LoggedStream(sys.stderr, log)

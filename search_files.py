@@ -72,5 +72,8 @@ def load(search: Any) -> dict[str, Any] | None:
     for name in search.fields:
         setattr(search, name, state[name])
     search.born, search.rounds = state.get('born', list(range(len(search.pool)))), state.get('rounds', [[0, 0]])
+    if len(search.born) != len(search.pool):
+        raise UserError(f'{path}: its "born" is damaged: {len(search.born)} of {len(search.pool)} architectures; name another '
+                        '--output_dir')
     search.resumed = {name: state[name] for name in ('args', 'random', 'scaler', 'metrics_bytes')}
     return state

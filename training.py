@@ -14,7 +14,6 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ from flags import BATCH, CHANNELS, COUNT, KEEP, LAYERS, NODES, NOT_NEGATIVE, POS
 from model import count_madds, count_parameters
 from utils import LOG_EVERY, Run, commit, processor
 
-NUMBER = (int, float, np.number, Tensor)  # what an accuracy in a checkpoint may be
 FEW_IMAGES = 32  # on a GPU: the fewest of the published trainings, 128 on 4 GPUs
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (paper, appendix)
 
@@ -259,7 +257,7 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     optimizer = sgd(run, model, l2_reg)
     state = run.together(lambda: checkpoint.load_network(path) if os.path.exists(path) else None)
     if state:
-        checkpoint.require(state, {'epoch': int, 'optimizer': dict, 'best_acc_top1': NUMBER}, path,
+        checkpoint.require(state, {'epoch': int, 'optimizer': dict, 'best_acc_top1': checkpoint.NUMBER}, path,
                            'test it by --mode=test --checkpoint, or ')
         checkpoint.same_run(state, run.args, path)
         checkpoint.same_architecture(state, model.arch, path)

@@ -115,11 +115,26 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     assert_refused(path, 'is not a')
 
 
-@pytest.mark.parametrize('state', [[1, 2], {'weights': {}}, {'model': 3}, torch.ones(2), {'model': {'a': 1}, 'args': 7}])
+@pytest.mark.parametrize('state', [[1, 2], {'weights': {}}, {'model': 3}, torch.ones(2), {'model': {'a': 1}, 'args': 7},
+                                   {'model': {5: torch.ones(2)}}])
 def test_another_saved_object_is_refused(state, tmp_path):
     path = tmp_path / 'checkpoint.pt'
     torch.save(state, path)
     assert_refused(path, 'is not a checkpoint')
+
+
+IMAGES = {'classes': ['a'], 'size': 32, 'mean': [0.5] * 3, 'std': [0.2] * 3}
+
+
+@pytest.mark.parametrize('field, value', [
+    ('metrics_bytes', 'x'), ('metrics_bytes', -1), ('last_acc_top1', 'x'), ('classes', [5]), ('arch', 5), ('pool', [5]),
+    ('controller', [5]), ('accuracies', ['x']), ('born', 'x'), ('rounds', [5]), ('rounds', [['x', 0]]), ('images', 5),
+    ('mean', 'x'), ('mean', ['x']), ('std', None), ('size', -1)])
+def test_a_field_of_another_kind_is_named(field, value, tmp_path):
+    path = tmp_path / 'checkpoint.pt'
+    of_images = field in ('mean', 'std', 'size')
+    torch.save({'model': {}, 'args': {}} | ({'images': IMAGES | {field: value}} if of_images else {field: value}), path)
+    assert_refused(path, f'its "{field}" is damaged (')
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):

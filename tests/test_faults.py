@@ -1,6 +1,7 @@
 """Nothing lost, nothing silently wrong: faults put into real runs, each with the one line that it has to end in."""
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -23,11 +24,14 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+import architecture
 import candidates
 import checkpoint
 import disk
 import search_setup
+import train_controller
 import training
+import utils
 from flags import UserError
 from operations import SEARCH_SPACES
 
@@ -131,11 +135,13 @@ def test_a_second_run_in_the_same_directory_says_who_is_there_and_touches_nothin
     command = [*TRAIN, '--epochs=1000', f'--output_dir={out}']
     first = Program(*command, preamble=few)
     first.wait_for('epoch 2/1000')
-    names = files(out)
+    first.signal(signal.SIGSTOP)
+    (out / 'checkpoint.pt').unlink()  # as before its first one, when a run begins anew and drops what was left
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert {'train.log', 'metrics.jsonl', '.lock'} <= before.keys()
     second = run(*command, preamble=few)
     assert_user_error(second, f'--output_dir={out} is in use by process {first.pid} on ', ' since 20')
-    assert {name for name in names if not name.endswith('.tmp')} <= set(files(out))
-    assert sum(line['kind'] == 'start' for line in metrics(out, starts=True)) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     first.signal(signal.SIGKILL)  # releases it
     first.wait()
     assert run(*TRAIN, f'--output_dir={out}', '--epochs=3', preamble=few).status == 0
@@ -167,7 +173,8 @@ def test_a_momentum_of_another_shape_is_refused(program, trained, few, tmp_path)
 
 
 @pytest.mark.parametrize('field, value', [('pool', ['1 2 3']), ('pool', [5]), ('pool', 'x'), ('epoch', -1), ('epoch', 'x'),
-                                          ('random', 5), ('accuracies', None), ('phase', 7), ('controller', {}), ('fits', 'x')])
+                                          ('random', 5), ('accuracies', None), ('phase', 7), ('controller', {}), ('fits', 'x'),
+                                          ('born', [5]), ('metrics_bytes', 'x')])
 def test_a_searchs_checkpoint_with_a_damaged_field_ends_in_one_line(field, value, few, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / 'a search that was killed'
     if not folder.exists():
@@ -253,7 +260,50 @@ def test_a_checkpoint_of_another_kind_of_device_draws_anew(trained, few, tmp_pat
     assert result.status == 0 and 'the random numbers "data" of the checkpoint are of another kind of device' in result.out
 
 
+def test_what_is_written_is_seen_to_the_disk(tmp_path, monkeypatch):
+    """Checkpoints, pool files and metrics, before they get their names."""
+    flushed = []
+    monkeypatch.setattr(os, 'fsync', lambda file: flushed.append((os.fstat(file).st_ino, os.fstat(file).st_size)))
+    checkpoint.save({'model': {}}, tmp_path / 'checkpoint.pt')
+    disk.write_lines(tmp_path / 'arch_pool', [1, 2])
+    disk.append_line(tmp_path / 'metrics.jsonl', '{}')
+    disk.append_line(tmp_path / 'metrics.jsonl', '{}')
+    sizes = {'checkpoint.pt': (tmp_path / 'checkpoint.pt').stat().st_size, 'arch_pool': 4, 'metrics.jsonl': 6}
+    assert flushed[:2] + flushed[3:] == [((tmp_path / name).stat().st_ino, size) for name, size in sizes.items()]
+
+
+@pytest.fixture
+def impatient():
+    """Whoever waits for a pipe fails."""
+    def over(*_):
+        raise BaseException('it waits for the pipe')
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize('use', [
+    architecture.read_pool, checkpoint.load, lambda path: disk.read_records(path, {}), lambda path: disk.append_line(path, 'x'),
+    lambda path: disk.log_to(path, 'x'), lambda path: train_controller.read_accuracies(path, 1)],
+    ids=['pool', 'checkpoint', 'records', 'metrics', 'log', 'accuracies'])
+def test_a_pipe_in_place_of_a_file_is_refused(use, impatient, tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(UserError, match='pipe: is a pipe or a device; a file is needed here'):
+        use(tmp_path / 'pipe')
+
+
 # ------------------------------------------------------------------------------------------------------------------- logs
+
+def test_what_cannot_be_encoded_is_escaped_in_the_log(tmp_path, monkeypatch):
+    """As names of files that are not UTF-8."""
+    for name in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    disk.log_to(tmp_path / 'train.log', 'early λ \udcff\n')
+    print('late λ \udcff')
+    assert (tmp_path / 'train.log').read_text(encoding='utf-8') == 'early λ \\udcff\nlate λ \\udcff\n'
+
 
 def test_a_search_finishes_where_the_terminal_knows_no_greek(few, tmp_path):
     plain = few + "import sys\nsys.stdout.reconfigure(encoding='ascii', errors='strict')\n"
@@ -353,10 +403,10 @@ def parsed(monkeypatch, *flags):
 def test_candidates_and_rankings_are_trained_as_specified(monkeypatch):
     args = parsed(monkeypatch, '--method=NAO')
     assert (args.child_batch_size, args.child_l2_reg, args.child_epochs) == (128, 5e-4, 25)
-    lr = search_setup.cosine_of(args, max(args.child_lr_epochs, args.child_epochs))
-    assert lr(0) == pytest.approx(0.024) and lr(50) == pytest.approx(0.012) and lr(100) == pytest.approx(0)
     run_here = argparse.Namespace(first_alone=lambda load: load(), device=torch.device('cpu'), rank=0, world=1, is_first=True,
                                   generators={'data': torch.Generator()})
+    lr = search_setup.open_task(parsed(monkeypatch, '--method=NAO', '--dataset=digits', *TINY_CHILD), run_here).lr
+    assert lr(0) == pytest.approx(0.024) and lr(50) == pytest.approx(0.012) and lr(100) == pytest.approx(0)
     args = parsed(monkeypatch, '--dataset=digits', '--child_epochs=7', *TINY_CHILD)
     task = search_setup.open_task(args, run_here)
     ranking = search_setup.rank_recipe(args, task)
@@ -380,17 +430,18 @@ def test_a_ranking_on_image_files_is_one_pass_without_label_smoothing(monkeypatc
 
 def test_a_candidate_is_judged_by_its_best_epoch_also_across_a_kill(few, tmp_path):
     """Epochs are made ever worse: the first is the best, and lies before the kill."""
-    worse = few + """
+    def worse(first):
+        return few + f"""
 import training
 evaluate_it, evaluated = training.evaluate, []
 def evaluate(*args):
     evaluated.append(None)
-    return evaluate_it(*args) | {'top1': 90.0 - len(evaluated)}
+    return evaluate_it(*args) | {{'top1': {first} - len(evaluated)}}
 training.evaluate = evaluate
 """
     command = [*COMPLETE, '--child_epochs=3', '--proposer=random', '--controller_seed_arch=1', f'--output_dir={tmp_path}']
-    assert run(*command, preamble=worse + kill_at('an epoch', 3)).status == -signal.SIGKILL
-    assert run(*command, preamble=worse + kill_at('a candidate', 2)).status == -signal.SIGKILL
+    assert run(*command, preamble=worse(90) + kill_at('an epoch', 3)).status == -signal.SIGKILL
+    assert run(*command, preamble=worse(50) + kill_at('a candidate', 2)).status == -signal.SIGKILL
     result, = disk.read_records(tmp_path / 'results.0.jsonl', {})
     assert result['accuracy'] == pytest.approx(0.89)
 
@@ -405,7 +456,6 @@ def test_results_of_another_search_are_not_made_again(few, tmp_path):
 
 
 def test_candidates_can_be_trained_without_a_search(tmp_path, monkeypatch):
-    import utils
     args = parsed(monkeypatch, '--dataset=digits', '--child_epochs=1', *TINY_CHILD, '--train_images=100',
                   f'--output_dir={tmp_path}', '--device=cpu')
     run_here = utils.Run(args)
@@ -414,6 +464,22 @@ def test_candidates_can_be_trained_without_a_search(tmp_path, monkeypatch):
     first = candidates.train_all(run_here, recipe, pool, 0)
     assert candidates.read_results(run_here, 'candidate') == {TINY: first[0]}
     assert candidates.train_all(run_here, recipe, pool, 1) == first
+
+
+def test_a_recipe_says_how_many_steps_are_trained_and_how_many_drop_path_counts(tmp_path, monkeypatch):
+    args = parsed(monkeypatch, '--dataset=digits', '--child_epochs=1', *TINY_CHILD, '--train_images=100',
+                  '--child_batch_size=30', f'--output_dir={tmp_path}', '--device=cpu')
+    run_here = utils.Run(args)
+    recipe = search_setup.candidate_recipe(args, search_setup.open_task(args, run_here))
+    built, updates, update = [], [], training.update
+    monkeypatch.setattr(training, 'update', lambda *args: updates.append(None) or update(*args))
+
+    def build(arch, steps):
+        built.append(steps)
+        return recipe.build(arch, steps)
+    for more in ({}, {'max_steps': 2}, {'steps': 700}):
+        candidates.train_candidate(run_here.alone(), recipe._replace(build=build, **more), architecture.parse(TINY))
+    assert built == [3, 2, 700] and len(updates) == 3 + 2 + 3
 
 
 # -------------------------------------------------------------------------------------------------------- held-out images

@@ -34,6 +34,7 @@ def test_numbers_of_flags_are_checked(kind, good, bad):
 
 @pytest.mark.parametrize('error, status, words', [
     (UserError('--flag is wrong'), 2, 'program.py: error: --flag is wrong'),
+    (UserError('--data=a\nb: is wrong'), 2, 'program.py: error: --data=a b: is wrong'),
     (flags.Stopped('no answer'), 1, 'program.py: stopped: no answer'),
     (training.NotFiniteError('the loss is nan'), 1, 'program.py: stopped: the loss is nan'),
     (KeyboardInterrupt(), 130, 'program.py: interrupted; the same command goes on')])

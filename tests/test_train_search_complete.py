@@ -290,6 +290,8 @@ def train_epoch(*args, **kwargs):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
     if len(calls) == 4:
         kwargs['lr'] = 1e30
+    if len(calls) == 5:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to ...")
     return real(*args, **kwargs)
 training.train_epoch = train_epoch
 """
@@ -300,10 +302,11 @@ def test_candidates_that_fail_are_logged_count_nothing_and_do_not_stop_the_searc
     assert result.status == 0, result
     assert 'candidate 2/12 failed and counts 0: CUDA out of memory. Tried to allocate 2.00 GiB\n' in result.out
     assert re.search(r'candidate 3/12 failed and counts 0: the (valid )?loss is (nan|inf)', result.out)
+    assert "candidate 4/12 failed and counts 0: [enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't" in result.out
     failed = [line for line in results(tmp_path).values() if 'error' in line]
-    assert [line['accuracy'] for line in failed] == [0.0, 0.0]
+    assert [line['accuracy'] for line in failed] == [0.0, 0.0, 0.0]
     scores = dict(zip(lines(tmp_path, 'arch_pool.0'), lines(tmp_path, 'arch_pool.perf.0'), strict=True))
-    assert [scores[line['arch']] for line in failed] == ['0.0', '0.0']
+    assert [scores[line['arch']] for line in failed] == ['0.0', '0.0', '0.0']
     assert not [name for name in files(tmp_path) if name.endswith('.pt') and name != 'checkpoint.pt']
 
 
