@@ -5,6 +5,7 @@ import functools
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -286,6 +287,11 @@ def files(folder: Path) -> list[str]:
 def complaints(result: Result) -> list[str]:
     """The lines on stderr, but for the warning that a test's short fits of the controller bring about."""
     return [line for line in result.err.splitlines() if 'of the tokens of known architectures wrongly' not in line]
+
+
+def sizes_of(result: Result) -> str:
+    """What a search logs of its sizes."""
+    return re.search(r'parameters [\d,]+ .*multiply-adds of one image [\d,]+', result.out).group()
 
 
 def assert_user_error(result: Result, *words: object) -> None:

@@ -61,9 +61,33 @@ def test_python_is_python(page):
         ast.parse(code)
 
 
+README = (ROOT / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('words', [
+    *('1Xs5ajX-buseRzOZg9gTJ0Vo4u_OEQFff', '1zrBJroadBXLv59nbcu78ET_H0IOxVJw-', '1heEOkqiJet9Ch2_8VWWZI4VJtvOjkLaw',
+      '1ZQbNwz1CdEYRSZraWXyBNAoi3R-O1j60', '--mode=test --checkpoint=downloaded.pt', '1 P40, 3 days', '4 P40, 5 days',
+      'Hieu Pham', 'Hanxiao Liu', 'not an official Microsoft product', 'renqianluo/NAO', 'language modelling'),
+    "The log's first lines name the size, and how many images and classes were found", 'Another number of threads',
+    'Give a fit 500 gradient steps or more', '`--threads=1`, or fewer threads than cores ([measured](docs/speed.md'])
+def test_readme_says_it(words):
+    assert words in ' '.join(README.split())
+
+
+def test_the_table_of_what_a_busy_cpu_costs():
+    page = (ROOT / 'docs' / 'speed.md').read_text()
+    table = page.partition('| | cores free | beside one busy process |\n')[2].partition('\n\n')[0]
+    for setting in ('2 threads, as they come', '`OMP_WAIT_POLICY=passive`', '`GOMP_SPINCOUNT=1000`', '`--threads=1`'):
+        assert re.search(rf'\| {setting} \| [\d–]+ \| [\d–]+ \|', table), setting
+
+
+def test_examples_score_on_the_whole_validation_split():
+    assert '--child_eval_batch_size=' not in README
+
+
 def test_modules_import_what_stands_above_them():
     """As README.md says of its table of files."""
-    table = (ROOT / 'README.md').read_text().partition('\n## Files\n')[2].partition('\n## ')[0]
+    table = README.partition('\n## Files\n')[2].partition('\n## ')[0]
     order = re.findall(r'`(\w+)\.py`', table)
     assert set(order) == {path.stem for path in ROOT.glob('*.py')}
     for place, name in enumerate(order):

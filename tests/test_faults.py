@@ -17,6 +17,7 @@ from helpers import (
     files,
     kill_at,
     load,
+    make_run,
     metrics,
     run,
     write_images,
@@ -30,6 +31,7 @@ import checkpoint
 import disk
 import search_setup
 import train_controller
+import train_search
 import training
 import utils
 from flags import UserError
@@ -334,6 +336,48 @@ def test_flags_that_have_no_effect_are_accepted_with_a_line(few, tmp_path):
 def test_images_that_cannot_tell_the_pool_apart_are_warned_of(few, tmp_path):
     result = run(*SEARCH, '--child_eval_batch_size=4', '--child_rank_count=0', f'--output_dir={tmp_path}', preamble=few)
     assert 'warning: --child_eval_batch_size=4 images cannot tell 6 architectures apart; there are 8' in result.err, result
+
+
+@pytest.mark.parametrize('images, pool, there, warned', [(4, 6, 8, True), (8, 9, 20, True), (9, 9, 20, False), (20, 9, 8, False)])
+def test_a_split_that_has_no_more_images_is_not_warned_of(images, pool, there, warned, monkeypatch, capsys):
+    def nothing(*_):
+        pass
+    monkeypatch.setattr(train_search, 'score_pool', nothing)
+    run_here = make_run()
+    run_here.average_statistics = nothing
+    batches = argparse.Namespace(count=there, batch=lambda chosen: (chosen, chosen))
+    train_search.WeightSharingSearch.score(argparse.Namespace(
+        args=argparse.Namespace(child_eval_batch_size=images), run=run_here, pool=range(pool), supernet=None, epoch=1,
+        task=argparse.Namespace(valid_batches=lambda _: batches), sort_pool=nothing))
+    assert ('cannot tell' in capsys.readouterr().err) == warned
+
+
+def test_no_new_architectures_are_a_warning_and_end_the_search(few, tmp_path):
+    """The time that is left is that of all rounds: 6 candidates and 2 to come."""
+    none = few + """
+import proposers, training
+proposers.PROPOSERS['random'] = lambda known, count: ([], {})
+real = training.Clock
+training.Clock = lambda first, steps: print('clock of', steps) or real(first, steps)
+"""
+    result = run(*COMPLETE, '--proposer=random', f'--output_dir={tmp_path}', preamble=none)
+    assert result.status == 0, result
+    assert 'warning: no new architectures: all that were written are in the pool already' in result.err
+    assert 'clock of 8' in result.out and 'left' in result.out
+
+
+def test_images_of_one_class_are_warned_of(tmp_path):
+    for part in ('train', 'valid'):
+        write_images(tmp_path / part, {'alone': 4}, size=16)
+    command = [part for part in TRAIN if 'dataset' not in part] + ['--dataset=folder', f'--data={tmp_path}']
+    result = run(*command, '--image_size=16', '--epochs=1', f'--output_dir={tmp_path / "out"}')
+    assert result.status == 0 and 'warning: all images are of one class, alone: nothing can be learnt' in result.err, result
+
+
+def test_a_search_of_each_data_set_has_a_place_of_its_own(monkeypatch):
+    for flags, place in (('', 'exp/search_cifar10'), ('--dataset=digits', 'exp/search_digits'),
+                         ('--dataset=digits --output_dir=x', 'x')):
+        assert parsed(monkeypatch, *flags.split()).output_dir == place
 
 
 # ------------------------------------------------------------------------------------------------------------ absurd flags

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import make_run
 
 import flags
 import training
@@ -60,6 +61,31 @@ def test_a_device_that_cannot_be_used_is_a_users_error(name):
     with pytest.raises(UserError, match=rf'--device={name} .*use cpu, cuda, cuda:N or mps') as error:
         utils.choose_device(name)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_flags_of_the_references_imagenet_program_are_accepted_with_a_line(monkeypatch, capsys):
+    import train_imagenet
+    monkeypatch.setattr(sys, 'argv', ['train_imagenet.py', '--fixed_arc=NAONet_B', '--momentum=0.8', '--cutout_size=16'])
+    args, _ = train_imagenet.parse_args()
+    assert capsys.readouterr().err == '--momentum=0.8 has no effect\n--cutout_size=16 has no effect\n'
+    assert args.changed == ['fixed_arc'] and not hasattr(args, 'momentum')
+
+
+def test_a_flag_says_how_many_threads(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, 'set_num_threads', given.append)
+    make_run(threads=3)
+    make_run()
+    assert given == [3]
+
+
+@pytest.mark.parametrize('threads, load, warned', [(2, 1.0, True), (2, 0.4, False), (1, 5.0, False), (1, 0.0, False)])
+def test_cores_that_are_in_use_are_warned_of(threads, load, warned, monkeypatch, capsys):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    monkeypatch.setattr(utils.os, 'cpu_count', lambda: 2)
+    monkeypatch.setattr(utils.os, 'getloadavg', lambda: (load, 0.0, 0.0))
+    utils.warn_of_busy_cores()
+    assert ('of 2 cores are in use' in capsys.readouterr().err) == warned
 
 
 # ----------------------------------------------------------------------------------------------------- the programs' numbers

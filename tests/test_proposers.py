@@ -1,16 +1,19 @@
 """Who proposes new architectures: legal, new, and as the baselines' descriptions say."""
 
+import re
+
 import pytest
 import torch
-from helpers import architectures
+from helpers import architectures, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 
+import controller
 from architecture import Vocabulary, mutate, parse, sample
 from controller import NAO, Settings, random_sequences
 from costs import Budget, Size, counter
 from model import NASNetworkCIFAR
-from proposers import POPULATION, PROPOSERS, Known
+from proposers import POPULATION, PROPOSERS, Known, fit
 
 BUDGET = Budget({}, '', counter(Size(NASNetworkCIFAR, 1, 4, 10, 8)))  # without limits
 
@@ -34,6 +37,27 @@ def test_proposals_are_new_distinct_legal_and_no_more_than_asked(proposer, nodes
         assert parse(str(arch), nodes, operations) == arch
     if proposer != 'controller' and (nodes, operations) != (1, range(2)):
         assert len(new) == count
+
+
+@pytest.mark.parametrize('distance', [0.11, 0.1])
+@pytest.mark.parametrize('members', [1, 2])
+def test_a_fit_says_which_member_it_is_of_and_whether_it_was_too_short(members, distance, monkeypatch, capsys):
+    """Of several members one line each, of one all its reports."""
+    def fit_all(naos, *_, report, **__):
+        for member in range(members):
+            for epoch in (100, 200):
+                values = {'epoch': epoch, 'epochs': 200, 'loss': 0.1, 'pairwise_accuracy': 1.0,
+                          'hamming_distance': distance if member + 1 == members else 0.0}
+                report(member, values)
+            yield values
+    monkeypatch.setattr(controller, 'fit_all', lambda *args, **options: [*fit_all(*args, **options)])
+    given_to = known(20, 1, range(5), 0, torch.Generator().manual_seed(0))
+    fit(make_run(), given_to._replace(naos=given_to.naos * members), None, first=True)
+    logged, warned = capsys.readouterr()
+    assert re.findall(r'controller(.*) epoch (\d+)/200', logged) == (
+        [('', '100'), ('', '200')] if members == 1 else [(' 1/2', '200'), (' 2/2', '200')])
+    assert ('writes 11% of the tokens of known architectures wrongly' in warned) == ('--controller_epochs' in warned) == (
+        distance > 0.1)
 
 
 @pytest.mark.parametrize('proposer', ['random', 'evolution'])

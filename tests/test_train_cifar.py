@@ -105,6 +105,8 @@ def test_the_log_begins_with_device_sizes_and_arguments_and_has_a_line_per_epoch
     assert re.search(r'multiply-adds of one image [\d,]+', start)
     for flag in ('--lr_max=0.1', '--seed=3', '--cutout_size=4', f'--fixed_arc={TINY}'):
         assert flag in start
+    changed, defaults = next(line for line in lines if ' arguments ' in line).split(' and by default ')
+    assert '--lr_max=0.1' in changed and '--lr_min=' not in changed and '--lr_min=0.0' in defaults
     values = r'loss \d+\.\d+ top-1 \d+\.\d+ % top-5 \d+\.\d+ % \d+ images/s'
     for epoch in (1, 2, 3):
         assert sum(re.search(rf'^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d epoch {epoch}/3 train {values} \| test {values} '

@@ -17,6 +17,7 @@ from helpers import (
     load,
     metrics,
     run,
+    sizes_of,
     without_speed,
 )
 
@@ -383,6 +384,7 @@ def test_a_finished_search_started_again_changes_nothing(searched, few):
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     result = run(PROGRAM, *FLAGS, f'--output_dir={folder}', preamble=few)
     assert result.status == 0 and 'finished' in result.out
+    assert sizes_of(result) == sizes_of(searched[1])  # though the pool is another
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
 
 
@@ -459,7 +461,9 @@ def test_bad_input_ends_in_one_line_and_creates_nothing(flags, words, few, tmp_p
 @pytest.mark.parametrize('flags, words', [
     (['--child_channels=3'], ['another architecture']),
     (['--child_nodes=3'], ['another architecture']),
-    (['--controller_mlp_hidden_size=21'], ['another architecture'])])
+    (['--controller_mlp_hidden_size=21'], ['another architecture']),
+    (['--seed=2'], ['is of a run with --seed=1, not --seed=2']),
+    (['--proposer=random'], ['is of a run with --proposer=controller, not --proposer=random'])])
 def test_a_checkpoint_of_another_search_is_refused_and_kept(flags, words, searched, few):
     folder, _ = searched
     before = {name: (folder / name).read_bytes() for name in files(folder)}

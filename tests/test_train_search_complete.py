@@ -17,6 +17,7 @@ from helpers import (
     load,
     metrics,
     run,
+    sizes_of,
     torchrun,
     without_speed,
     write_images,
@@ -101,16 +102,20 @@ def test_a_search_of_twelve_candidates_and_two_rounds(searched):
     for name in ('arch_pool', 'arch_pool.perf'):  # the best by these trainings, none is trained again
         assert lines(folder, f'{name}.final') == lines(folder, name)[:2]
     assert [line['kind'] for line in metrics(folder)] == ['score', 'controller', 'new'] * 2 + ['score', 'rank', 'rank']
+    assert re.search(r'candidate 12/12 accuracy 0\.\d+, all of them left \d:\d\d:\d\d\n', result.out)
     assert re.search(r'candidate 12/12 epoch 2/2 train loss .* \| valid loss', result.out)
     proposed = set(lines(folder, 'arch_pool.final')) - set(lines(folder, 'arch_pool.0'))
     assert f'finished: the best architecture is {lines(folder, "arch_pool.final")[0]};' in result.out
-    assert f'{len(proposed)} of these 2 were proposed in the search (rounds ' in result.out
+    came = ', '.join(str(next(number for number in range(3) if arch in lines(folder, f'arch_pool.{number}')))
+                     for arch in lines(folder, 'arch_pool.final'))
+    assert f'{len(proposed)} of these 2 were proposed in the search (rounds {came}; 0: the start)' in result.out
 
 
 def test_a_finished_search_started_again_changes_nothing(searched, few):
     folder, _ = searched
     before = {name: (folder / name).read_bytes() for name in files(folder)}
-    assert run(PROGRAM, *FLAGS, f'--output_dir={folder}', preamble=few).status == 0
+    result = run(PROGRAM, *FLAGS, f'--output_dir={folder}', preamble=few)
+    assert result.status == 0 and sizes_of(result) == sizes_of(searched[1])  # though the pool is another
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
 
 
