@@ -338,7 +338,7 @@ def test_images_that_cannot_tell_the_pool_apart_are_warned_of(few, tmp_path):
     assert 'warning: --child_eval_batch_size=4 images cannot tell 6 architectures apart; there are 8' in result.err, result
 
 
-@pytest.mark.parametrize('images, pool, there, warned', [(4, 6, 8, True), (8, 9, 20, True), (9, 9, 20, False), (20, 9, 8, False)])
+@pytest.mark.parametrize('images, pool, there, warned', [(4, 6, 8, 1), (8, 9, 20, 1), (9, 9, 20, 0), (20, 9, 8, 0)])
 def test_a_split_that_has_no_more_images_is_not_warned_of(images, pool, there, warned, monkeypatch, capsys):
     def nothing(*_):
         pass
