@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from disk import need_file
+from disk import read_lines
 from operations import OPERATIONS, SEARCH_SPACES
 
 ALL_OPERATIONS = range(len(OPERATIONS))
@@ -93,9 +93,8 @@ def read_pool(path: str | Path, nodes: int | None = None, operations: range = AL
 
     check: raises ArchitectureError for an architecture that is not wanted. Raises UserError for a pipe.
     """
-    need_file(path)
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'not a text file'
         raise ArchitectureError(f'{path}: cannot be read ({reason}); an arch_pool file is needed here') from None

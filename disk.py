@@ -21,6 +21,12 @@ def need_file(path: str | Path) -> None:
         raise UserError(f'{path}: is a pipe or a device; a file is needed here')
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file. Raises OSError, UnicodeDecodeError; UserError for a pipe or a device."""
+    need_file(path)
+    return Path(path).read_text().splitlines()
+
+
 def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Let `write` fill a new file beside `path`, flush it to the disk and put it in the place of what is there.
 

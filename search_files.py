@@ -11,7 +11,7 @@ import checkpoint
 import costs
 import search_setup
 from architecture import Architecture
-from disk import write_lines
+from disk import read_lines, write_lines
 from flags import UserError
 from utils import Run
 
@@ -35,7 +35,7 @@ def write_front(run: Run, pool: Sequence[Architecture], accuracies: Sequence[flo
 def read_final(run: Run) -> list[Architecture]:
     """The architectures of arch_pool.final, best first; none if it is not there."""
     path = run.output_dir / 'arch_pool.final'
-    return [architecture.parse(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [architecture.parse(line) for line in read_lines(path)] if path.exists() else []
 
 
 def state_of(search: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import costs
 import proposers
 import search_setup
 from architecture import Architecture, ArchitectureError, Vocabulary
-from disk import need_file, write_lines
+from disk import read_lines, write_lines
 from flags import NODES, POOL, Parser, UserError, add, add_machine_flags, directory, run_program
 from proposers import Known
 from utils import Run
@@ -64,9 +64,8 @@ def parse_args() -> argparse.Namespace:
 
 def read_accuracies(path: str, count: int) -> list[float]:
     """The numbers of a file, one a line, of which there have to be `count`. Raises UserError."""
-    need_file(path)
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'not a text file'
         raise UserError(f'--arch_pool_perf: {path}: cannot be read ({reason})') from None

@@ -74,6 +74,14 @@ def test_readme_says_it(words):
     assert words in ' '.join(README.split())
 
 
+@pytest.mark.parametrize('words', [
+    'Defaults that differ, and why:', "the reference's own `scheduler.step()`, called before the epoch's steps, shifts it by",
+    'Under PyTorch 1 the reference, whose gradients are zeros', '**`arch_pool.perf.final`** holds accuracies of 0–1',
+    '**Logs** read otherwise'])
+def test_differences_are_listed(words):
+    assert words in ' '.join((ROOT / 'docs' / 'differences.md').read_text().split())
+
+
 def test_the_table_of_what_a_busy_cpu_costs():
     page = (ROOT / 'docs' / 'speed.md').read_text()
     table = page.partition('| | cores free | beside one busy process |\n')[2].partition('\n\n')[0]

@@ -287,9 +287,10 @@ def impatient():
 
 
 @pytest.mark.parametrize('use', [
-    architecture.read_pool, checkpoint.load, lambda path: disk.read_records(path, {}), lambda path: disk.append_line(path, 'x'),
-    lambda path: disk.log_to(path, 'x'), lambda path: train_controller.read_accuracies(path, 1)],
-    ids=['pool', 'checkpoint', 'records', 'metrics', 'log', 'accuracies'])
+    disk.read_lines, architecture.read_pool, checkpoint.load, lambda path: disk.read_records(path, {}),
+    lambda path: disk.append_line(path, 'x'), lambda path: disk.log_to(path, 'x'),
+    lambda path: train_controller.read_accuracies(path, 1)],
+    ids=['lines', 'pool', 'checkpoint', 'records', 'metrics', 'log', 'accuracies'])
 def test_a_pipe_in_place_of_a_file_is_refused(use, impatient, tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     with pytest.raises(UserError, match='pipe: is a pipe or a device; a file is needed here'):
@@ -297,6 +298,16 @@ def test_a_pipe_in_place_of_a_file_is_refused(use, impatient, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------- logs
+
+def test_what_was_logged_before_there_was_a_directory_is_in_the_log(tmp_path, monkeypatch):
+    for name in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    run_here = make_run(output_dir=tmp_path / 'out')
+    run_here.log('early')
+    run_here.open_output(anew=True)
+    run_here.log('late')
+    assert [line.split()[-1] for line in (tmp_path / 'out' / 'train.log').read_text().splitlines()] == ['early', 'late']
+
 
 def test_what_cannot_be_encoded_is_escaped_in_the_log(tmp_path, monkeypatch):
     """As names of files that are not UTF-8."""

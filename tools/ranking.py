@@ -19,6 +19,7 @@ import runs
 import architecture
 import flags
 from architecture import Architecture
+from disk import read_lines
 from model import NASNetworkCIFAR, count_madds
 
 TOP = 5
@@ -52,7 +53,7 @@ def judge(score: np.ndarray, trainings: list[np.ndarray]) -> Judgement:
 def read_scores(path: Path) -> dict[str, float]:
     """Architecture -> accuracy in per cent of a search's directory. Raises UserError."""
     try:
-        archs, values = ((path / name).read_text().splitlines() for name in ('arch_pool', 'arch_pool.perf'))
+        archs, values = (read_lines(path / name) for name in ('arch_pool', 'arch_pool.perf'))
         scores = {str(architecture.parse(line)): 100 * float(value) for line, value in zip(archs, values, strict=True)}
     except OSError as error:
         raise flags.UserError(f'{error.filename}: cannot be read ({error.strerror}); a directory of a search has it') from None

@@ -22,7 +22,7 @@ import architecture  # noqa: E402
 import checkpoint  # noqa: E402
 import flags  # noqa: E402
 from architecture import Architecture  # noqa: E402
-from disk import read_records  # noqa: E402
+from disk import read_lines, read_records  # noqa: E402
 from model import FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet, count_madds, count_parameters  # noqa: E402
 from operations import OPERATIONS  # noqa: E402
 
@@ -364,7 +364,7 @@ class RunFiles:
         """(accuracy, 0-1, multiply-adds) of the architectures that no other beats in both, if the run has written them."""
         path = self.path / 'arch_pool.pareto.perf'
         try:
-            pairs = [tuple(map(float, line.split())) for line in path.read_text().splitlines()] if path.exists() else []
+            pairs = [tuple(map(float, line.split())) for line in read_lines(path)] if path.exists() else []
             return sorted(((accuracy, madds) for accuracy, madds in pairs), key=lambda pair: pair[1])
         except (OSError, ValueError):
             raise flags.UserError(f'{path}: is damaged; each line has an accuracy and a number of multiply-adds') from None
