@@ -38,11 +38,14 @@ def test_numbers_of_flags_are_checked(kind, good, bad):
     (UserError('--data=a\nb: is wrong'), 2, 'program.py: error: --data=a b: is wrong'),
     (flags.Stopped('no answer'), 1, 'program.py: stopped: no answer'),
     (training.NotFiniteError('the loss is nan'), 1, 'program.py: stopped: the loss is nan'),
+    (BrokenPipeError(), 1, 'program.py: stopped: whoever read the output is gone'),
+    (OSError(30, 'Read-only file system'), 2, 'program.py: error: --output_dir cannot be written (Read-only file system)'),
     (KeyboardInterrupt(), 130, 'program.py: interrupted; the same command goes on')])
 def test_a_program_that_fails_says_why_in_one_line(error, status, words, monkeypatch, capsys):
     import signal
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, 'argv', ['somewhere/program.py'])
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)
 
     def main():
         raise error
