@@ -74,6 +74,14 @@ def test_flags_of_the_references_imagenet_program_are_accepted_with_a_line(monke
     assert args.changed == ['fixed_arc'] and not hasattr(args, 'momentum')
 
 
+@pytest.mark.parametrize('module', ['train_cifar', 'train_imagenet'])
+def test_the_architecture_says_how_many_nodes_there_are(module, tmp_path, monkeypatch):
+    (tmp_path / 'arch_pool').write_text(' '.join(['0 1'] * 12) + '\n')
+    monkeypatch.setattr(sys, 'argv', ['program.py', f'--fixed_arc={tmp_path / "arch_pool"}'])
+    args, arch = importlib.import_module(module).parse_args()
+    assert args.nodes == len(arch.normal) // 4 == 3
+
+
 def test_a_flag_says_how_many_threads(monkeypatch):
     given = []
     monkeypatch.setattr(torch, 'set_num_threads', given.append)
