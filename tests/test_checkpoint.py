@@ -137,6 +137,16 @@ def test_a_field_of_another_kind_is_named(field, value, tmp_path):
     assert_refused(path, f'its "{field}" is damaged (')
 
 
+@pytest.mark.parametrize('name', ['seed', 'dataset', 'method', 'search_space', 'proposer', 'train_images',
+                                  'valid_images', 'holdout'])
+def test_what_makes_a_run_another_one(name):
+    state = {'args': {name: 1, 'epochs': 5}}
+    checkpoint.same_run(state, argparse.Namespace(**{name: 1, 'epochs': 6}), 'x.pt')
+    checkpoint.same_run(state, argparse.Namespace(epochs=6), 'x.pt')  # a program that has no such flag
+    with pytest.raises(UserError, match=f'x.pt: is of a run with --{name}=1, not --{name}=2; give that to go on with it'):
+        checkpoint.same_run(state, argparse.Namespace(**{name: 2}), 'x.pt')
+
+
 def test_a_missing_checkpoint_is_named(tmp_path):
     assert_refused(tmp_path / 'none.pt', 'there is no such checkpoint')
     assert_refused(tmp_path, 'is not a readable checkpoint')
