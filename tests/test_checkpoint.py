@@ -142,7 +142,7 @@ def test_a_field_of_another_kind_is_named(field, value, tmp_path):
 def test_what_makes_a_run_another_one(name):
     state = {'args': {name: 1, 'epochs': 5}}
     checkpoint.same_run(state, argparse.Namespace(**{name: 1, 'epochs': 6}), 'x.pt')
-    checkpoint.same_run(state, argparse.Namespace(epochs=6), 'x.pt')  # a program that has no such flag
+    checkpoint.same_run({'args': {}}, argparse.Namespace(**{name: 1}), 'x.pt')  # before there was such a flag
     with pytest.raises(UserError, match=f'x.pt: is of a run with --{name}=1, not --{name}=2; give that to go on with it'):
         checkpoint.same_run(state, argparse.Namespace(**{name: 2}), 'x.pt')
 

@@ -296,6 +296,7 @@ def test_changed_flags_are_marked(tmp_path):
     output('tools/report.py', run)
     page = (run / 'report.html').read_text().replace('<wbr>', '')
     assert re.findall(r'<div class=changed><code>--(\w+)', page) == ['cutout_size', 'seed']
+    assert page.rindex('<div class=changed>') < page.index('<div><code>--')
     assert set(re.findall(r'<div><code>--(\w+)', page)) == TRAINING.keys() - {'cutout_size', 'seed'}
 
 
