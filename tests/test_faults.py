@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from helpers import (
     make_run,
     metrics,
     run,
+    wait_until,
     write_images,
 )
 from hypothesis import given
@@ -138,6 +140,7 @@ def test_a_second_run_in_the_same_directory_says_who_is_there_and_touches_nothin
     first = Program(*command, preamble=few)
     first.wait_for('epoch 2/1000')
     first.signal(signal.SIGSTOP)
+    wait_until(lambda: Path(f'/proc/{first.pid}/stat').read_text().rpartition(')')[2].split()[0] == 'T')
     (out / 'checkpoint.pt').unlink()  # as before its first one, when a run begins anew and drops what was left
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert {'train.log', 'metrics.jsonl', '.lock'} <= before.keys()
