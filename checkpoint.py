@@ -26,11 +26,10 @@ NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], '
 # Flags by which a run is another one; what is changed beside these goes on as the same run.
 ANOTHER_RUN = ('seed', 'dataset', 'method', 'search_space', 'proposer', 'train_images', 'valid_images', 'holdout')
 
-
 NUMBER = (int, float, np.number, Tensor)  # what an accuracy may be
 IMAGES = {'classes': [str], 'size': int, 'mean': [float], 'std': [float]}  # see datasets.ImageSet.info
-KINDS = {  # of what a checkpoint may have: a type, or in a list that of a list's items
-    'arch': str, 'classes': [str], 'images': dict, 'scaler': dict, 'metrics_bytes': int,
+KINDS = {  # of what a checkpoint may have: a type, several of which one must do, or in a list that of a list's items
+    'arch': str, 'classes': ([str], type(None)), 'images': dict, 'random': [dict], 'scaler': dict, 'metrics_bytes': int,
     'last_acc_top1': NUMBER, 'accuracies': [NUMBER], 'pool': [str], 'controller': [dict], 'born': [int], 'rounds': [[int]]}
 
 
@@ -93,6 +92,8 @@ def is_of(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind, see KINDS; an int is a count."""
     if isinstance(kind, list):
         return isinstance(value, list | tuple) and all(is_of(item, kind[0]) for item in value)
+    if isinstance(kind, tuple):
+        return any(is_of(value, each) for each in kind)
     return isinstance(value, kind) and (kind is not int or value >= 0)
 
 

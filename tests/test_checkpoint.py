@@ -25,7 +25,7 @@ def small_network(channels=2, classes=10, use_aux_head=False, arch='0 0 1 1 0 4 
 
 def test_a_checkpoint_reads_back(tmp_path):
     state = {'args': {'seed': 1, 'fixed_arc': None}, 'model': small_network().state_dict(), 'epoch': 3,
-             'random': {'default': torch.get_rng_state()}, 'accuracies': [0.5], 'ranked': [(0.1, 'x')]}
+             'random': [{'default': torch.get_rng_state()}], 'accuracies': [0.5], 'ranked': [(0.1, 'x')]}
     checkpoint.save(state, tmp_path / 'one.pt', tmp_path / 'two.pt')
     assert files(tmp_path) == ['one.pt', 'two.pt']
     for name in ('one.pt', 'two.pt'):
@@ -127,9 +127,9 @@ IMAGES = {'classes': ['a'], 'size': 32, 'mean': [0.5] * 3, 'std': [0.2] * 3}
 
 
 @pytest.mark.parametrize('field, value', [
-    ('metrics_bytes', 'x'), ('metrics_bytes', -1), ('last_acc_top1', 'x'), ('classes', [5]), ('arch', 5), ('pool', [5]),
-    ('controller', [5]), ('accuracies', ['x']), ('born', 'x'), ('rounds', [5]), ('rounds', [['x', 0]]), ('images', 5),
-    ('mean', 'x'), ('mean', ['x']), ('std', None), ('size', -1)])
+    ('random', 5), ('random', [5]), ('metrics_bytes', 'x'), ('metrics_bytes', -1), ('metrics_bytes', None), ('last_acc_top1', 'x'),
+    ('classes', [5]), ('arch', 5), ('pool', [5]), ('controller', [5]), ('accuracies', ['x']), ('born', 'x'), ('rounds', [5]),
+    ('rounds', [['x', 0]]), ('images', 5), ('mean', 'x'), ('mean', ['x']), ('std', None), ('size', -1)])
 def test_a_field_of_another_kind_is_named(field, value, tmp_path):
     path = tmp_path / 'checkpoint.pt'
     of_images = field in ('mean', 'std', 'size')
