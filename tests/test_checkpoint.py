@@ -128,8 +128,9 @@ IMAGES = {'classes': ['a'], 'size': 32, 'mean': [0.5] * 3, 'std': [0.2] * 3}
 
 @pytest.mark.parametrize('field, value', [
     ('random', 5), ('random', [5]), ('metrics_bytes', 'x'), ('metrics_bytes', -1), ('metrics_bytes', None),
-    ('last_acc_top1', 'x'), ('classes', [5]), ('arch', 5), ('pool', [5]), ('controller', [5]), ('accuracies', ['x']), ('born', 'x'), ('rounds', [5]),
-    ('rounds', [['x', 0]]), ('images', 5), ('mean', 'x'), ('mean', ['x']), ('std', None), ('size', -1)])
+    ('last_acc_top1', 'x'), ('classes', [5]), ('arch', 5), ('pool', [5]), ('controller', [5]), ('accuracies', ['x']),
+    ('born', 'x'), ('rounds', [5]), ('rounds', [['x', 0]]), ('images', 5), ('mean', 'x'), ('mean', ['x']), ('std', None),
+    ('size', -1)])
 def test_a_field_of_another_kind_is_named(field, value, tmp_path):
     path = tmp_path / 'checkpoint.pt'
     of_images = field in ('mean', 'std', 'size')
