@@ -188,7 +188,8 @@ def test_a_search_under_two_processes_runs_whole(few, tmp_path):
     assert again.status == 0 and 'next: done' in again.out
 
 
-@pytest.mark.parametrize('flags', [['--child_epochs=2'], ['--method=NAO-V2', '--child_epochs=1', '--rounds=1']])
+@pytest.mark.parametrize('flags', [pytest.param(['--child_epochs=2'], marks=pytest.mark.slow),
+                                   ['--method=NAO-V2', '--child_epochs=1', '--rounds=1']])
 def test_a_search_of_two_processes_stopped_after_a_scoring_ends_bit_identical(flags, few, tmp_path):
     command = [2, 'train_search.py', *SEARCH, '--child_eval_epochs=1', '--child_rank_count=0', *flags]
     killed = torchrun(*command, f'--output_dir={tmp_path / "killed"}', preamble=few + kill_at('a round of fits', 1)).wait()

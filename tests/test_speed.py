@@ -54,7 +54,7 @@ def test_steps_run_where_nothing_can_be_read_back(kind):
     assert all(tensor.is_meta for tensor in network.state_dict().values())
 
 
-@pytest.mark.parametrize('kind', [NASNetworkCIFAR, NASWSNetworkCIFAR])
+@pytest.mark.parametrize('kind', [NASNetworkCIFAR, pytest.param(NASWSNetworkCIFAR, marks=pytest.mark.slow)])
 def test_an_epoch_reads_no_number_between_log_lines(kind):
     run = make_run()
     data = datasets.load('digits', 'data', True, run.device)
@@ -184,6 +184,7 @@ def test_benchmark_of_a_gpu_names_the_card(tmp_path, monkeypatch, capsys):
     assert out.count('a card, PyTorch') == 2 and out.count('naonet_b_36_step ') == 12 and f'1.00 of {path}' in out
 
 
+@pytest.mark.slow
 def test_benchmark_writes_its_results(tmp_path):
     path = tmp_path / 'now.json'
     command = [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), '--only', 'new_architectures', '--repeats', '1']

@@ -337,7 +337,7 @@ def test_help_has_every_flag_of_the_specification_with_its_default():
 
 # --------------------------------------------------------------------------------------------------------------- resuming
 
-@pytest.mark.parametrize('call, after', [(1, True), (2, False)])
+@pytest.mark.parametrize('call, after', [pytest.param(1, True, marks=pytest.mark.slow), (2, False)])
 def test_a_search_killed_after_or_within_every_phase_ends_bit_identical(call, after, searched, few, tmp_path):
     """Each run is killed just after its first checkpoint, or just before its second (and loses a whole phase)."""
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
