@@ -374,7 +374,7 @@ class WeightSharingSearch(Search):
 class Rounds:
     """Mixin of methods that go in rounds: new architectures join all those before, and then all are known anew."""
 
-    extent = 'rounds'
+    extent = unit = 'rounds'
     round = 0  # how often new architectures have joined
 
     def is_over(self) -> bool:
@@ -431,7 +431,6 @@ class CompleteSearch(Rounds, Search):
 
     phases = ('evaluate', 'fit', 'propose', 'rank')
     fields = Search.fields | {'round': int}
-    unit = 'rounds'
     trains_best = False
 
     def evaluate(self) -> None:

@@ -8,6 +8,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 data=${1:?DIR is missing: the directory of train.zip and valid.zip}
 shift
+data=$(realpath "$data")
+[ -e "$data/train.zip" ] || { echo "error: $data/train.zip is not there" >&2; exit 2; }
 OUT=${OUT:-exp/study}
 KEPT=docs/study
 cd "$root"
@@ -18,7 +20,7 @@ child=("${images[@]}" --valid_images=5000 --search_space=small --child_layers=1 
   --child_batch_size=64 --child_drop_path_keep_prob=1.0 --child_l2_reg=3e-4 --child_lr_max=0.1 --child_lr_min=0.001)
 alone=(--method=NAO "${child[@]}" --no-child_use_aux_head --child_epochs=4 --child_lr_epochs=4 --child_eval_batch_size=500)
 supernet=(--method=NAO-WS "${child[@]}" --child_epochs=60 --child_eval_batch_size=5000 --child_rank_count=0)
-final=(--layers=1 --channels=8 --nodes=5 --batch_size=64 --no-use_aux_head --drop_path_keep_prob=1.0 --l2_reg=3e-4
+final=(--layers=1 --channels=8 --nodes=5 --batch_size=64 --drop_path_keep_prob=1.0 --l2_reg=3e-4
   --lr_max=0.1 --lr_min=0.001 --epochs=16 --cutout_size=0 --holdout=1000)
 
 # search NAME FLAG...: one search in $OUT/NAME, whose small files go to $KEPT/NAME when it has ended.
@@ -58,7 +60,7 @@ best() {
 
 # Part 2. 60 random architectures trained on their own with two seeds, and scored by three supernets.
 sixty() {
-  [ -s "$KEPT/sixty" ] || { trained 0 && trained 1 | head -20; } > "$KEPT/sixty"
+  [ -e "$KEPT/sixty" ] || { { trained 0 && trained 1 | head -20; } > "$KEPT/sixty.$$" && mv "$KEPT/sixty.$$" "$KEPT/sixty"; }
 }
 twice() { sixty && search "twice/seed$1" "${alone[@]}" --seed=$((200 + $1)) --child_arch_pool="$KEPT/sixty" --rounds=0; }
 score() { sixty && search "supernet/seed$1" "${supernet[@]}" --seed="$1" --child_arch_pool="$KEPT/sixty" --child_eval_epochs=60; }
