@@ -82,6 +82,7 @@ def lines(folder, name):
 
 def test_after_each_iteration_all_architectures_so_far_are_scored(searched):
     folder, result, _ = searched
+    assert 'were proposed in the search (rounds ' in result.out
     assert result.status == 0 and complaints(result) == [], result
     names = ['', '.0', '.1', '.2', '.final']
     assert files(folder) == sorted([f'arch_pool{name}' for name in names] + [f'arch_pool.perf{name}' for name in names]
