@@ -2,7 +2,7 @@
 # Makes the study of docs/study.md again, on real images.
 #   bash tools/study.sh DIR [JOB...]   DIR: train.zip and valid.zip, CIFAR-10 in class folders. Without a JOB all of them, in
 #                                      JOBS (2) processes of one thread; it goes on where it was stopped
-# A job is one of the lines of `everything`, such as "propose 0 random". Runs go to OUT (exp/study), what is small and
+# A job is one of the lines of `everything`, such as "searches 0". Runs go to OUT (exp/study), what is small and
 # finished to docs/study, and is not made again where it is there.
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -57,6 +57,11 @@ best() {
   arch=$(head -1 "$KEPT/$2/seed$1/arch_pool")
   for number in 0 1 2; do train "final/$2/seed$((10 * $1 + number))" $((1000 + 10 * $1 + number)) "$arch"; done
 }
+searches() {
+  local proposer
+  initial "$1"
+  for proposer in controller random evolution; do propose "$1" "$proposer"; best "$1" "$proposer"; done
+}
 
 # Part 2. 60 random architectures trained on their own with two seeds, and scored by three supernets.
 sixty() {
@@ -80,13 +85,11 @@ five() {
 }
 
 everything() {
-  local seed proposer
-  for seed in 0 1 2 3 4 5; do echo "initial $seed"; done
-  for seed in 0 1 2 3 4 5; do for proposer in random controller evolution; do echo "propose $seed $proposer"; done; done
+  local seed
+  for seed in 0 1 2 3 4 5; do echo "searches $seed"; done
   for seed in 0 1; do echo "twice $seed"; done
   for seed in 0 1 2; do echo "score $seed"; done
   for seed in 0 1 2; do echo "shared $seed"; done
-  for seed in 0 1 2 3 4 5; do for proposer in random controller evolution; do echo "best $seed $proposer"; done; done
   for seed in 0 1 2; do for pool in found random; do echo "five $seed $pool"; done; done
 }
 
