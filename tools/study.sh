@@ -2,7 +2,7 @@
 # Makes the study of docs/study.md again, on real images.
 #   bash tools/study.sh DIR [JOB...]   DIR: train.zip and valid.zip, CIFAR-10 in class folders. Without a JOB all of them, in
 #                                      JOBS (2) processes of one thread; it goes on where it was stopped
-# A job is one of the lines of `everything`, such as "searches 0". Runs go to OUT (exp/study), what is small and
+# A job is one of the lines of `everything`, such as "searches 0 controller random". Runs go to OUT (exp/study), what is small and
 # finished to docs/study, and is not made again where it is there.
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -58,9 +58,10 @@ best() {
   for number in 0 1 2; do train "final/$2/seed$((10 * $1 + number))" $((1000 + 10 * $1 + number)) "$arch"; done
 }
 searches() {
-  local proposer
-  initial "$1"
-  for proposer in controller random evolution; do propose "$1" "$proposer"; best "$1" "$proposer"; done
+  local seed=$1 proposer
+  shift
+  initial "$seed"
+  for proposer; do propose "$seed" "$proposer"; best "$seed" "$proposer"; done
 }
 
 # Part 2. 60 random architectures trained on their own with two seeds, and scored by three supernets.
@@ -86,7 +87,8 @@ five() {
 
 everything() {
   local seed
-  for seed in 0 1 2 3 4 5; do echo "searches $seed"; done
+  for seed in 0 1 2 3 4 5; do echo "searches $seed controller random"; done
+  for seed in 0 1 2 3 4 5; do echo "searches $seed evolution"; done
   for seed in 0 1; do echo "twice $seed"; done
   for seed in 0 1 2; do echo "score $seed"; done
   for seed in 0 1 2; do echo "shared $seed"; done
