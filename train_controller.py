@@ -11,6 +11,7 @@ the next fit goes on from this one. It is the search of train_search.py, of whic
 import argparse
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from architecture import Architecture, ArchitectureError, Vocabulary
 from disk import read_lines, write_lines
 from flags import NODES, POOL, Parser, UserError, add, add_machine_flags, directory, run_program
 from proposers import Known
-from utils import Run
+from utils import Run, commit
 
 SIZE_FLAGS = '--controller_*, --nodes and --search_space'  # that decide a controller's parameters
 
@@ -84,15 +85,21 @@ def read_accuracies(path: str, count: int) -> list[float]:
     return accuracies
 
 
-def read_known(args: argparse.Namespace, space: Vocabulary) -> tuple[list[Architecture], list[float]]:
-    """The architectures that the flags name, best first, and their accuracies. Raises UserError."""
+def read_known(args: argparse.Namespace, space: Vocabulary) -> tuple[list[Architecture], list[float], int]:
+    """The architectures that the flags name, each once, best first; their accuracies; how many lines repeated one of them.
+
+    An architecture that stands there several times has the mean of its accuracies. Raises UserError.
+    """
     try:
         pool = architecture.read_pool(args.arch_pool, space.nodes, space.operations)
     except ArchitectureError as error:
         raise UserError(f'--arch_pool: {error}') from None
-    accuracies = read_accuracies(args.arch_pool_perf, len(pool))
-    order = sorted(range(len(pool)), key=lambda index: -accuracies[index])
-    return [pool[index] for index in order], [accuracies[index] for index in order]
+    measured: dict[Architecture, list[float]] = {}
+    for arch, accuracy in zip(pool, read_accuracies(args.arch_pool_perf, len(pool)), strict=True):
+        measured.setdefault(arch, []).append(accuracy)
+    means = {arch: fmean(accuracies) for arch, accuracies in measured.items()}
+    best_first = sorted(means, key=lambda arch: -means[arch])
+    return best_first, [means[arch] for arch in best_first], len(pool) - len(means)
 
 
 def go_on(run: Run, naos: list[controller.NAO]) -> int:
@@ -109,6 +116,13 @@ def go_on(run: Run, naos: list[controller.NAO]) -> int:
     return state['fits']
 
 
+def begin(run: Run) -> None:
+    """Take the output directory, and log where and how this runs."""
+    run.open_output(anew=False)
+    run.log(f'{run.environment()}, commit {commit()}')
+    run.log_arguments()
+
+
 @torch.no_grad()
 def predict(known: Known, new: list[Architecture]) -> list[float]:
     """The accuracies that the fitted controllers expect of new architectures, by their mean, on the scale of those known."""
@@ -123,22 +137,27 @@ def ask(run: Run, space: Vocabulary, budget: costs.Budget) -> tuple[list[Archite
     args, generator = run.args, run.generators['search']
     if not args.arch_pool:
         new = costs.sample(args.new_arch, space, generator, budget, needed=args.new_arch)
-        run.open_output(anew=False)
+        begin(run)
         return new, None, {}
-    pool, accuracies = read_known(args, space)
+    pool, accuracies, repeated = read_known(args, space)
     naos = search_setup.build_controllers(args, space, run.device)
     fits = go_on(run, naos)
-    run.open_output(anew=False)
+    begin(run)
     run.log(f'{len(pool)} architectures are known: best {accuracies[0]:g}, mean {sum(accuracies) / len(pool):g}, worst '
             f'{accuracies[-1]:g}')
+    if repeated:
+        run.log(f'{repeated} lines of --arch_pool repeat an architecture: each counts once, with the mean of its accuracies')
     known = Known(pool, accuracies, range(len(pool)), space, generator, naos, search_setup.settings_of(args), budget)
     proposers.fit(run, known, args.controller_expand, first=not fits)
     new, _ = proposers.by_controllers(known, args.new_arch)
     if len(new) < args.new_arch:
-        run.warn(f'{len(new)} of {args.new_arch} new architectures: what else was written is known or beyond the budget; '
-                 'more --controller_lambdas, a larger --controller_top or longer fits write others')
+        few = (f'{len(new) or "none"} of {args.new_arch} new architectures: what else was written is known or beyond the '
+               'budget; more --controller_lambdas, a larger --controller_top or longer fits write others')
+        if not new:  # a loop must not go on asking for nothing
+            raise UserError(few)
+        run.warn(few)
     state = {'model': {}, 'controller': [nao.state_dict() for nao in naos], 'fits': fits + 1, 'told': len(pool)}
-    return new, predict(known, new) if new else [], state
+    return new, predict(known, new), state
 
 
 def main() -> None:

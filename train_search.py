@@ -196,12 +196,14 @@ class Search:
     def propose(self) -> None:
         """Ask the proposer for architectures that are not in the pool, and take them in (paper, section 3.4)."""
         generator, proposer = self.run.generators['search'], PROPOSERS[self.args.proposer]
+        wanted = self.wanted()
         def ask() -> tuple:
-            new, notes = proposer(self.known(), self.wanted())
+            new, notes = proposer(self.known(), wanted)
             return [str(arch) for arch in new], notes, generator.get_state()
         lines, notes, state = self.run.together(ask)  # equal in all processes, down to the last rounding
         generator.set_state(state)
-        self.run.log(f'{len(lines)} new architectures' + ''.join(f'; {what}: {value}' for what, value in notes.items()))
+        few = f' of {wanted} asked for' if len(lines) < wanted else ''
+        self.run.log(f'{len(lines)} new architectures{few}' + ''.join(f'; {what}: {value}' for what, value in notes.items()))
         if not lines:
             self.run.warn('no new architectures: all that were written are in the pool already or beyond the budget; more '
                           '--controller_lambdas, a larger --controller_top or longer fits write others')

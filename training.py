@@ -321,7 +321,6 @@ def log_start(run: Run, train_batches: Iterable, eval_batches: Iterable, model: 
 
     records: whether the same goes to metrics.jsonl, as where something is left to do.
     """
-    args, changed = vars(run.args), getattr(run.args, 'changed', [])
     parameters, madds = count_parameters(model), count_madds(model, eval_batches.size, *extras)
     run.log(run.environment())
     run.log(f'images {train_batches.count:,} to train, {eval_batches.count:,} to evaluate, {len(eval_batches.classes)} '
@@ -329,13 +328,13 @@ def log_start(run: Run, train_batches: Iterable, eval_batches: Iterable, model: 
     if len(eval_batches.classes) == 1:
         run.warn(f'all images are of one class, {eval_batches.classes[0]}: nothing can be learnt from them')
     run.log(f'parameters {parameters:,} (without the auxiliary head), multiply-adds of one image {madds:,}')
-    run.log('arguments ' + ' '.join(f'--{name}={args[name]}' for name in changed) + ' and by default ' + ' '.join(
-        f'--{name}={value}' for name, value in args.items() if name not in changed))
+    run.log_arguments()
     if not records:
         return
     run.write_metrics(kind='start', date=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=commit(),
-                      processor=processor(), environment=run.environment(), args=args, changed=changed, parameters=parameters,
-                      multiply_adds=madds, classes=len(eval_batches.classes))
+                      processor=processor(), environment=run.environment(), args=vars(run.args),
+                      changed=getattr(run.args, 'changed', []), parameters=parameters, multiply_adds=madds,
+                      classes=len(eval_batches.classes))
 
 
 def log_share(run: Run, train_batches: Iterable) -> None:

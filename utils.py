@@ -371,6 +371,12 @@ class Run:
         layout = 'channels-last' if self.layout == torch.channels_last else 'default'
         return f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}, {precision}, {layout} layout'
 
+    def log_arguments(self) -> None:
+        """Log all flags, those that differ from their defaults first."""
+        args, changed = vars(self.args), getattr(self.args, 'changed', [])
+        self.log('arguments ' + ' '.join(f'--{name}={args[name]}' for name in changed) + ' and by default ' + ' '.join(
+            f'--{name}={value}' for name, value in args.items() if name not in changed))
+
 
 def commit() -> str | None:
     """The commit of this project that runs, 'changed' if files differ from it; None where git does not say."""

@@ -118,6 +118,16 @@ def test_the_permutation_test_takes_many_seeds():
 
 
 @needs_matplotlib
+def test_errors_and_single_points_are_in_sight(tmp_path):
+    for seed, accuracy in enumerate((50.0, 60.0)):
+        training(tmp_path / f'a{seed}', accuracy, accuracy + 1, seed=seed)
+    training(tmp_path / 'b', 52.0)
+    left, _ = compare.figure(compare.read_groups([f'a={tmp_path}/a*', f'b={tmp_path}/b'], []), 1).axes
+    low, high = left.get_ylim()
+    assert low < 50 and high > 61 and all(float(tick).is_integer() for tick in left.get_xticks())
+
+
+@needs_matplotlib
 def test_the_figure(tmp_path):
     for seed in range(2):
         candidates(tmp_path / f'a{seed}', 0.1, 0.3, 0.4, seed=seed)
@@ -127,5 +137,6 @@ def test_the_figure(tmp_path):
     lines = {line.get_label(): line.get_ydata() for line in left.lines}
     assert lines[r'\$a\$'].tolist() == [10, 30, 40] and np.isnan(lines['b'][2]), 'a whole line only where all runs are'
     assert len(right.lines) >= 2 and [label.get_text() for label in right.get_xticklabels()] == [r'\$a\$', 'b']
-    output('tools/compare.py', f'a={tmp_path}/a*', '-o', tmp_path / 'a.png')
+    assert right.get_title('left') == 'each seed after 2 architectures' and left.lines[0].get_marker() == 'o'
+    assert '±: standard error' in output('tools/compare.py', f'a={tmp_path}/a*', '-o', tmp_path / 'a.png')
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')

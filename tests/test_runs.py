@@ -142,11 +142,22 @@ def test_runs_that_differ_in_their_seeds_are_one_row(tmp_path):
         training(tmp_path / 'a' / f'seed{seed}', accuracy, 60.0, seed=seed)
     training(tmp_path / 'b' / 'seed0', 50.0)
     grouped, alone = rows(tmp_path)
-    assert grouped[0] == 'a (3 seeds)' and grouped[4:6] == ['38.00 ± 2.00 %', '40.00 %'] and grouped[7:9] == ['2/3', '2.00']
+    assert grouped[0] == 'a (3 seeds)' and grouped[4:6] == ['38.00 ± 2.00 %', '40.00 ± 0.00 %']
+    assert grouped[7:9] == ['2/3', '2.00 ± 0.00']
     assert alone[0] == 'b/seed0'
     assert [row[0] for row in rows('--all', tmp_path)] == ['a/seed0', 'a/seed1', 'a/seed2', 'b/seed0']
     training(tmp_path / 'a' / 'seed2', 64.0)
     assert rows(tmp_path / 'a')[0][7] == '1-2/3'
+
+
+def test_a_run_beside_its_seeds_stands_apart_from_them(tmp_path):
+    training(tmp_path / 'a', 50.0)
+    for seed in range(2):
+        training(tmp_path / 'a' / f'seed{seed}', 60.0, seed=seed)
+    for named in ([tmp_path], [tmp_path / 'a'], [tmp_path / 'a' / 'seed0', tmp_path / 'a', tmp_path / 'a' / 'seed1']):
+        assert sorted(row[:1] + row[4:5] for row in rows(*named)) == [['a', '50.00 %'], ['a (2 seeds)', '40.00 ± 0.00 %']]
+    assert [row[0] for row in rows('--all', tmp_path)] == ['a', 'a/seed0', 'a/seed1']
+    assert [row[0] for row in rows(tmp_path / 'a' / 'checkpoint.pt')] == ['a']
 
 
 def test_a_group_of_searches(tmp_path):
@@ -258,9 +269,12 @@ def test_names_are_shown_as_they_are(name, tmp_path):
 @needs_matplotlib
 def test_a_group_of_seeds_is_a_curve_with_a_band(tmp_path):
     for seed in range(3):
-        training(tmp_path / f'seed{seed}', 50.0 + seed, 60.0 + seed)
+        training(tmp_path / f'seed{seed}', 50.0 + 9 * seed, 60.0 + 9 * seed)
     axes = figure(tmp_path)['accuracy']
-    assert axes.lines[0].get_ydata().tolist() == [51, 61] and len(axes.collections) == 1
+    assert axes.lines[0].get_ydata().tolist() == [59, 69]
+    assert axes.get_legend_handles_labels()[1][-1] == '± deviation of 3 seeds'
+    low, high = axes.get_ylim()
+    assert low < 50 and high > 78, 'a band is cut off'
 
 
 @needs_matplotlib
@@ -273,6 +287,8 @@ def test_accuracy_against_cost(tmp_path):
     axes = figure(run)['accuracy and cost: the Pareto front']
     assert axes.collections[0].get_offsets().tolist() == [[5, 90], [5, 70], [2, 80]]
     assert 'Pareto front' in (output('tools/report.py', run) and (run / 'report.html').read_text())
+    (run / 'arch_pool.pareto.perf').write_text('0.9 5000000\n')
+    assert figure(run)['accuracy and cost: the Pareto front'].lines[0].get_ydata().tolist() == [90], 'a front of one'
     (run / 'arch_pool.pareto.perf').write_text('0.8\n')
     assert 'arch_pool.pareto.perf: is damaged' in mistake('tools/plot.py', run, '-o', tmp_path / 'a.png')
 

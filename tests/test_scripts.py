@@ -139,12 +139,15 @@ def test_variables_override_what_a_script_starts_with_and_flags_pass_through(nam
 
 @pytest.mark.parametrize('name', sorted(path.name for path in ROOT.glob('train_*.sh')))
 def test_several_seeds_run_one_after_the_other_into_places_of_their_own(name, tmp_path):
-    result = script(name, '--epochs=1', cwd=tmp_path, SEEDS='0 12', OUTPUT_DIR='my output', **echo(tmp_path))
+    result = script(name, '--epochs=1', cwd=tmp_path, SEEDS='0 12 0', OUTPUT_DIR='my output', **echo(tmp_path))
     assert result.returncode == 0, result
     arguments = re.findall(r'^argument: (--(?:output_dir|seed|epochs)=.*)$', result.stdout, re.M)
     wanted = [argument for seed in (0, 12)
               for argument in (f'--output_dir=my output/seed{seed}', '--epochs=1', f'--seed={seed}')]
     assert [argument for argument in arguments if argument not in ('--epochs=600', '--epochs=250')] == wanted
+    for seeds in ('0 x', '0,1', '0 -1'):
+        refused = script(name, cwd=tmp_path, SEEDS=seeds, PYTHON=str(tmp_path / 'bin' / 'python'))
+        assert refused.returncode == 2 and f'SEEDS="{seeds}"' in refused.stderr and 'argument' not in refused.stdout
     for flags in (['--seed=3'], ['--output_dir', 'out']):
         refused = script(name, *flags, cwd=tmp_path, SEEDS='0 1', PYTHON=str(tmp_path / 'bin' / 'python'))
         assert refused.returncode == 2 and 'OUTPUT_DIR' in refused.stderr and 'argument' not in refused.stdout

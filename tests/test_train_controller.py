@@ -103,6 +103,27 @@ def test_accuracies_may_have_any_scale_and_order(targets, tmp_path):
     assert found[0][0] == found[1][0] and found[0][1] == pytest.approx(found[1][1])
 
 
+def test_a_line_that_is_repeated_counts_once_with_the_mean(tmp_path):
+    pool = random_pool(20)
+    values = [round(64 * quality(line)) / 64 for line in pool]  # of which means are exact
+    found = []
+    for name, again in (('once', 0), ('twice', 5)):
+        told = tell(tmp_path / name, pool + pool[:again], [value - 1 for value in values[:again]] + values[again:]
+                    + [value + 1 for value in values[:again]])
+        result = run(PROGRAM, *FLAGS, *SHORT, *told, f'--output_dir={tmp_path / name}')
+        assert result.status == 0 and ('5 lines of --arch_pool repeat' in result.out) == bool(again), result
+        found.append(lines(tmp_path / name / 'new_arch_pool'))
+    assert found[0] == found[1]
+
+
+def test_where_nothing_new_is_written_a_loop_stops(fitted, tmp_path):
+    result = run(PROGRAM, *FLAGS, *SHORT, *fitted[1], '--max_madds=1', f'--output_dir={tmp_path}',
+                 f'--state={tmp_path / "state.pt"}')
+    assert result.status == 2 and 'error: none of 12 new architectures' in complaints(result)[0], result
+    assert files(tmp_path) == []
+    assert '--new_arch=12' in (tmp_path / 'train.log').read_text()
+
+
 def test_a_killed_program_does_the_same_again_and_the_next_fit_goes_on(fitted, tmp_path):
     folder, told = fitted
     for name in ('whole', 'killed'):

@@ -61,6 +61,13 @@ run_seeds() {
     exit 2 ;;
   esac
   for seed in $SEEDS; do
+    case $seed in *[!0-9]*)
+      echo "error: SEEDS=\"$SEEDS\": '$seed' is no seed; whole numbers, such as SEEDS=\"0 1 2\"" >&2
+      exit 2 ;;
+    esac
+  done
+  # shellcheck disable=SC2086  # they are words of their own
+  for seed in $(printf '%s\n' $SEEDS | awk '!seen[$0]++'); do
     OUTPUT_DIR=$base/seed$seed
     run "$@" --seed="$seed"
   done

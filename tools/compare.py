@@ -214,7 +214,8 @@ def tables(found: dict[str, Any]) -> str:
         reached = sorted({run['x'][-1] for run in group['runs']})
         rows.append([name, str(len(group['runs'])), '-'.join(map(str, dict.fromkeys([reached[0], reached[-1]]))),
                      *(pair(group['values'].get(title), ' %') for title in titles), pair(group['hours'])])
-    parts = [aligned(rows)]
+    several = any(len(group['runs']) > 1 for group in groups.values())
+    parts = [aligned(rows) + ('\n±: standard error of the mean' if several else '')]
     if found['differences']:
         rows = [['paired by seed', 'of', 'seeds', 'difference', '95 % interval', 'p']]
         rows += [[' - '.join(each['of']), each['what'], str(len(each['seeds'])), f'{each["mean"]:+.2f}',
@@ -240,13 +241,15 @@ def figure(groups: dict[str, list[Member]], at: int) -> Any:
             there = np.isfinite(reached)
             mean = np.nanmean(reached, axis=0)
             whole = there.all(0)
-            left.plot(x, np.where(whole, mean, np.nan), color=colour, label=plot.literal(name), **how)
+            left.plot(x, np.where(whole, mean, np.nan), color=colour, label=plot.literal(name),
+                      marker='o' if len(x) < plot.FEW else None, markersize=4, **how)
             left.plot(x[there.any(0)], mean[there.any(0)], ':', color=colour, linewidth=1, **how)  # where not all are yet
+            curves.append(mean)
             if len(members) > 1:
                 error = reached.std(0, ddof=1) / len(members) ** 0.5
                 left.fill_between(x, mean - error, mean + error, where=whole, color=colour, alpha=0.2, linewidth=0,
                                   step=None if unit == 'epoch' else 'post')
-            curves.append(mean[np.isfinite(mean)].tolist())
+                curves += [mean - error, mean + error]
             ends.append([member.at(at) for member in members])
         places = [np.full(len(values), place) for place, values in enumerate(ends)]
         for seed in sorted({member.seed for members in groups.values() for member in members if member.seed is not None}):
@@ -261,7 +264,9 @@ def figure(groups: dict[str, list[Member]], at: int) -> Any:
         right.set_xlim(-0.5, len(groups) - 0.5)
         plot.finish(left, 'mean of the seeds ± standard error', unit,
                     'accuracy (%)' if unit == 'epoch' else 'best so far, validation accuracy (%)', curves, 100)
-        plot.finish(right, f'each seed at {at}', 'lines join runs of the same seed', 'accuracy (%)', ends, 100)
+        where = f'at epoch {at}' if unit == 'epoch' else f'after {at} architectures'
+        plot.finish(right, f'each seed {where}', 'lines join runs of the same seed', 'accuracy (%)', ends, 100)
+        plot.count_from_left(left)
         for axes in (left, right):
             axes.set_title(axes.get_title('left'), pad=20)
     return drawing

@@ -115,10 +115,10 @@ def describe_cells(arch: Architecture) -> str:
     return '\n'.join(lines)
 
 
-def describe(arch: Architecture, layers: int, channels: int) -> str:
+def describe(arch: Architecture, layers: int, channels: int, imagenet_channels: int) -> str:
     """The architecture as text: its cells, and the sizes of its CIFAR and its ImageNet network."""
     lines = [f'architecture {arch}', describe_cells(arch)]
-    for title, imagenet, size in (('CIFAR', False, (layers, channels)), ('ImageNet', True, (4, 42))):
+    for title, imagenet, size in (('CIFAR', False, (layers, channels)), ('ImageNet', True, (4, imagenet_channels))):
         parameters, madds = runs.sizes(arch, imagenet, *size)
         lines.append(f'{title} (layers {size[0]}, channels {size[1]}): {parameters:,} parameters, {madds:,} multiply-adds')
     return '\n'.join(lines)
@@ -135,10 +135,12 @@ def main() -> None:
     parser.add_argument('--describe', action='store_true', help='print the operations by name, and the sizes of the networks')
     parser.add_argument('--layers', type=flags.POSITIVE_INT, default=6, help='of the CIFAR network that --describe counts')
     parser.add_argument('--channels', type=flags.POSITIVE_INT, default=36, help='of the CIFAR network that --describe counts')
+    parser.add_argument('--imagenet_channels', type=flags.POSITIVE_INT, help='of the ImageNet network that --describe counts '
+                        '(default: 52 for NAONet_V2, else 42, as published)')
     args = parser.parse_args()
     arch = runs.read_architecture(args.arch, args.arc_index)
     if args.describe:
-        print(describe(arch, args.layers, args.channels))
+        print(describe(arch, args.layers, args.channels, args.imagenet_channels or (52 if args.arch == 'NAONet_V2' else 42)))
     if args.dot:
         print(dot_source(**arch._asdict()), end='')
     if args.output:

@@ -94,8 +94,17 @@ def finish(axes: Axes, title: str, x: str, y: str, curves: Iterable[list[float]]
     axes.set_title(title)
 
 
-def curve(axes: Axes, line: Line, points: list[list[tuple[float, float]]], **style: Any) -> list[float]:
-    """Plot curves of (x, y), one a run, as their mean with a band of one standard deviation; returns the means."""
+def count_from_left(axes: Axes) -> None:
+    """Let axes have whole numbers below them, unless they have words, and some width even with a single point."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+    if not isinstance(axes.xaxis.get_major_locator(), FixedLocator):
+        axes.xaxis.set_major_locator(MaxNLocator('auto', integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    if axes.dataLim.width < 1:  # a single epoch so far
+        axes.set_xlim(axes.dataLim.x0 - 0.9, axes.dataLim.x1 + 0.9)
+
+
+def curve(axes: Axes, line: Line, points: list[list[tuple[float, float]]], **style: Any) -> list[list[float]]:
+    """Plot curves of (x, y), one a run, as their mean with a band of one standard deviation; returns the band's edges."""
     points = [of_run for of_run in points if of_run]
     at = defaultdict(list)
     for x, y in itertools.chain(*points):
@@ -106,7 +115,7 @@ def curve(axes: Axes, line: Line, points: list[list[tuple[float, float]]], **sty
     axes.plot(xs, means, color=line.colour, marker='o' if len(xs) < FEW else None, markersize=4, **style)
     if bands.any():
         axes.fill_between(xs, means - bands, means + bands, color=line.colour, alpha=0.2, linewidth=0)
-    return means.tolist()
+    return [(means - bands).tolist(), (means + bands).tolist()]
 
 
 def curves(title: str, kind: str, x: str, y: str, most: float = np.inf,
@@ -123,11 +132,14 @@ def curves(title: str, kind: str, x: str, y: str, most: float = np.inf,
                 points = [[(record.get(x, number), read(record)) for number, record in enumerate(run.records(kind), start=1)
                            if read(record) is not None] for run in line.series.runs]
                 if any(points):
-                    values.setdefault(name, []).append(curve(axes, line, points, **style))
+                    values.setdefault(name, []).extend(curve(axes, line, points, **style))
             if name in values:
                 axes.plot([], [], color='#444444' if len(of) > 1 else of[0].colour, label=name.replace('_', ' '), **style)
         if len(values) < 2:
             axes.lines[-1].set_label(None)
+        if axes.collections:  # a band
+            axes.fill_between([], [], [], color='#444444' if len(of) > 1 else of[0].colour, alpha=0.2, linewidth=0,
+                              label='± deviation of ' + ('seeds' if len(of) > 1 else f'{len(of[0].series.runs)} seeds'))
         alone = next(iter(values), '') if len(of_record) > 1 and len(values) == 1 else ''
         finish(axes, f'{alone} {title}'.strip(), x, y, itertools.chain(*values.values()), most)
     return draw
@@ -198,8 +210,8 @@ def pareto(axes: Axes, of: list[Line]) -> None:
             accuracies, madds = zip(*((100 * accuracy, cost / 1e6) for accuracy, cost in run.pareto), strict=True)
             axes.plot(madds, accuracies, 'o-', drawstyle='steps-post', color=line.colour, markersize=4)
             values.append(accuracies)
-    finish(axes, 'accuracy and cost: the Pareto front', 'multiply-adds of one image (millions)', 'accuracy (%)', values, 100,
-           share=40)
+    finish(axes, 'accuracy and cost: the Pareto front', 'multiply-adds of the network to be trained in the end (millions)',
+           'validation accuracy (%)', values, 100, share=40)
 
 
 def several(kind: str) -> Callable[[RunFiles], bool]:
@@ -224,7 +236,7 @@ PANELS = (
         Hamming_distance=lambda record: record['hamming_distance'])),
     Panel(lambda run: len({step for record in run.records('new') for step in record['per_lambda']}) > 1, new_per_lambda),
     Panel(several('rank'), ranking),
-    Panel(lambda run: len(run.pareto) > 1, pareto),
+    Panel(lambda run: run.pareto, pareto),
 )
 
 
@@ -256,7 +268,6 @@ def figure(rows: list[list[Part]], width: float = SIZE[0]) -> Any:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedLocator, MaxNLocator
     with matplotlib.rc_context(STYLE):
         drawing = Figure(figsize=(width * max(map(len, rows)), SIZE[1] * len(rows)), layout='constrained')
         drawing.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
@@ -266,10 +277,7 @@ def figure(rows: list[list[Part]], width: float = SIZE[0]) -> Any:
             of_row = [drawing.add_subplot(grid[row, wide * place:wide * (place + 1)]) for place in range(len(parts))]
             for axes, (draw, having) in zip(of_row, parts, strict=True):
                 draw(axes, having)
-                if not isinstance(axes.xaxis.get_major_locator(), FixedLocator):
-                    axes.xaxis.set_major_locator(MaxNLocator('auto', integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-                if axes.dataLim.width < 1:  # a single epoch so far
-                    axes.set_xlim(axes.dataLim.x0 - 0.9, axes.dataLim.x1 + 0.9)
+                count_from_left(axes)
             for axes in of_row:  # on one line, whether under it is a legend or not
                 axes.set_title(axes.get_title('left'), pad=20 if any(axes.get_legend() for axes in of_row) else 6)
         lines = {line.colour: line.label for parts in rows for _, having in parts for line in having}

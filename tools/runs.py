@@ -120,14 +120,13 @@ def directories_of(path: Path) -> list[Path]:
     """The output directories that a path names, see add_runs. Raises UserError."""
     if not path.exists():
         raise flags.UserError(f'{path}: there is no such file or directory; name the output directory of a run')
-    if any((directory := path if path.is_dir() else path.parent).joinpath(name).exists() for name in RUN_FILES):
-        return [directory]
+    if path.is_file() and any(path.parent.joinpath(name).exists() for name in RUN_FILES):
+        return [path.parent]
     found = []
     for place, inner, files in os.walk(path):
         inner.sort()
         if RUN_FILES.intersection(files):
             found.append(Path(place))
-            inner.clear()
     if not found:
         raise flags.UserError(f'{path}: is no output directory of a run and holds none; a run writes metrics.jsonl there at '
                               'the end of its first epoch, or round')
@@ -180,13 +179,15 @@ class Series(NamedTuple):
 
 
 def series_of(found: list['RunFiles'], every: bool = False) -> list[Series]:
-    """Runs such as a/seed0, a/seed1 as one series each, unless `every` run is wanted; others for themselves."""
-    groups: dict[Path, list[RunFiles]] = {}
+    """Runs such as a/seed0, a/seed1 as one series each, unless `every` run is wanted; others, also of a, for themselves."""
+    groups: dict[tuple[Path, bool], list[RunFiles]] = {}
     for run in found:
         path = Path(os.path.abspath(run.path))
-        groups.setdefault(path.parent if is_seed(path.name) and not every else path, []).append(run)
-    paths = [path if len(runs) > 1 else runs[0].path for path, runs in groups.items()]
-    return [Series(*pair) for pair in zip(short_names(paths), groups.values(), strict=True)]
+        of_seeds = is_seed(path.name) and not every
+        groups.setdefault((path.parent if of_seeds else path, of_seeds), []).append(run)
+    paths = [path if len(group) > 1 else Path(os.path.abspath(group[0].path)) for (path, _), group in groups.items()]
+    names = dict(zip(different := list(dict.fromkeys(paths)), short_names(different), strict=True))
+    return [Series(names[path], group) for path, group in zip(paths, groups.values(), strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------------- reading a run

@@ -43,12 +43,13 @@ def published(run: RunFiles) -> float | None:
     return None if run.is_search else PUBLISHED_ERRORS.get((arch_name(run), run.dataset, run.args['channels']))
 
 
-def number(form: str, unit: str = '') -> Callable[[list], str]:
-    """What shows the numbers of a series' runs: the only one, or mean ± standard deviation."""
+def number(form: str, unit: str = '', measured: bool = True) -> Callable[[list], str]:
+    """What shows the numbers of a series' runs: the only one, or mean ± standard deviation; `measured` ones even if it is 0."""
     def show(values: list) -> str:
         if None in values:
             return UNKNOWN
-        parts = [statistics.fmean(values), *([statistics.stdev(values)] if len(set(values)) > 1 else [])]
+        spread = len(values if measured else set(values)) > 1
+        parts = [statistics.fmean(values), *([statistics.stdev(values)] if spread else [])]
         return ' ± '.join(form.format(round(part) if form == '{:,}' else part) for part in parts) + unit
     return show
 
@@ -68,11 +69,11 @@ def extent(values: list[str]) -> str:
 
 COLUMNS: tuple[tuple[str, Callable[[RunFiles], Any], Callable[[list], str]], ...] = (  # title, of a run, of a series
     ('data', lambda run: run.dataset, text),
-    ('parameters', lambda run: run.sizes[0] if run.found else None, number('{:,}')),
-    ('multiply-adds', lambda run: run.sizes[1] if run.found else None, number('{:,}')),
+    ('parameters', lambda run: run.sizes[0] if run.found else None, number('{:,}', measured=False)),
+    ('multiply-adds', lambda run: run.sizes[1] if run.found else None, number('{:,}', measured=False)),
     ('top-1 error', lambda run: run.best_error, number('{:.2f}', ' %')),
     ('last epoch', lambda run: run.last_error, number('{:.2f}', ' %')),
-    ('published', published, number('{:.2f}', ' %')),
+    ('published', published, number('{:.2f}', ' %', measured=False)),
     ('epochs', lambda run: run.progress, extent),
     ('hours', lambda run: None if run.seconds is None else run.seconds / 3600, number('{:.2f}')),
     ('architecture', arch_name, text),
