@@ -379,7 +379,7 @@ def test_a_benchmark_goes_on_where_it_was_interrupted(tmp_path):
 def test_an_ablation_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
     table, output, measured = write_token_table(tmp_path / 'table.csv'), tmp_path / 'out.jsonl', []
 
-    def measure(settings, table, seed, queries):
+    def measure(settings, table, seed, queries, in_round):
         measured.append((settings, seed))
         return {'regret': {'150': 0.5, '200': 0.25 * seed}, 'seconds': 1.0}
     monkeypatch.setattr(ablation, 'measure', measure)
@@ -388,7 +388,11 @@ def test_an_ablation_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, cap
     whole = output.read_text()
     variants = ablation.variants()
     assert len(measured) == len(set(measured)) == len(whole.splitlines()) == 2 * len(variants)
-    assert measured[0] == (PRESETS['best'], 0) and '| best | 0.500 / 0.125 | 2 | 1 |' in capsys.readouterr().out
+    assert measured[0] == (PRESETS['best'], 0) and '| 10 | best | 0.500 / 0.125 ± 0.125 | 2 | 1 |' in capsys.readouterr().out
     output.write_text(whole[:-5])
     ablation.main()
     assert len(measured) == 2 * len(variants) + 1 and output.read_text() == whole
+    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--round=40', '--only=^paper$'])
+    ablation.main()
+    assert [line[0] for line in measured[-2:]] == [PRESETS['paper']] * 2 and output.read_text().startswith(whole)
+    assert '| 40 | paper | 0.500' in capsys.readouterr().out

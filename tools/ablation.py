@@ -3,8 +3,8 @@
     python tools/ablation.py --table cifar10.csv --table other.csv --seeds 5 --output ablation.jsonl
 
 Measures `paper`, `paper` with each single change of `best`, `best`, and `best` without each change. Every search adds a line
-to the output, {"what", "table", "seed", "regret", "seconds"}, and is not made again where that file has it; a table in Markdown
-of the mean regrets after 150 / 200 queries is printed at the end.
+to the output, {"what", "table", "seed", "round", "regret", "seconds"}, and is not made again where that file has it; a table in
+Markdown of the mean regrets after 150 / 200 queries, with their standard errors after 200, is printed at the end.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from benchmark_search import CHECKPOINTS, nao, run
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from controller import PRESETS, Settings
 
+INITIAL = 40  # random architectures that a search begins with
 # What is one change: fields that mean something only together.
 CHANGES = {
     'first fit of 300 epochs': ('epochs',),
@@ -48,24 +50,31 @@ def variants() -> dict[str, Settings]:
     return {what: each for what, each in settings.items() if each.candidates or not each.beta}
 
 
-def measure(settings: Settings, table: Table, seed: int, queries: int) -> dict:
+def measure(settings: Settings, table: Table, seed: int, queries: int, in_round: int) -> dict:
     """The regrets of one search at the checkpoints and its processor seconds."""
     start = time.process_time()
-    curve = regrets(table, run(functools.partial(nao, settings=settings), table, queries, 40, 10, seed), queries)
+    curve = regrets(table, run(functools.partial(nao, settings=settings), table, queries, INITIAL, in_round, seed), queries)
     return {'regret': {str(count): float(curve[count - 1]) for count in CHECKPOINTS if count <= queries},
             'seconds': time.process_time() - start}
 
 
-def show(results: dict[tuple[str, str, int], dict], tables: list[str]) -> None:
-    """Print the mean regrets after 150 / 200 queries as a table in Markdown."""
-    print('| | ' + ' | '.join(tables) + ' | seeds | seconds |\n|---|' + '---|' * (len(tables) + 2))
-    for what in dict.fromkeys(key[0] for key in results):
-        columns = [[line for key, line in results.items() if key[:2] == (what, name)] for name in tables]
-        cells = [' / '.join(f'{sum(line["regret"][count] for line in lines) / len(lines):.3f}' for count in ('150', '200'))
-                 if lines else '–' for lines in columns]
-        everything = [line for lines in columns for line in lines]
-        print(f'| {what} | ' + ' | '.join(cells) + f' | {max(map(len, columns))} '
-              f'| {sum(line["seconds"] for line in everything) / max(1, len(everything)):.0f} |')
+def cell(lines: list[dict]) -> str:
+    """The mean regrets of searches of one kind after 150 / 200 queries, with the standard error of the latter."""
+    if not lines:
+        return '–'
+    early, late = ([line['regret'][count] for line in lines] for count in ('150', '200'))
+    error = f' ± {stdev(late) / len(late) ** 0.5:.3f}' if len(late) > 1 else ''
+    return f'{fmean(early):.3f} / {fmean(late):.3f}{error}'
+
+
+def show(lines: list[dict], tables: list[str]) -> None:
+    """Print the searches' mean regrets as a table in Markdown."""
+    print('| rounds of | | ' + ' | '.join(tables) + ' | seeds | seconds |\n|---|---|' + '---|' * (len(tables) + 2))
+    for in_round, what in dict.fromkeys((line['round'], line['what']) for line in lines):
+        of = [line for line in lines if (line['round'], line['what']) == (in_round, what)]
+        cells = [cell([line for line in of if line['table'] == name]) for name in tables]
+        print(f'| {in_round} | {what} | ' + ' | '.join(cells) + f' | {len({line["seed"] for line in of})} '
+              f'| {fmean(line["seconds"] for line in of):.0f} |')
 
 
 def main() -> None:
@@ -74,6 +83,7 @@ def main() -> None:
     parser.add_argument('--table', required=True, action='append', metavar='FILE', help='CSV file, may be repeated')
     parser.add_argument('--seeds', type=int, default=5, help='searches a variant (default: %(default)s)')
     parser.add_argument('--queries', type=int, default=200, help='architectures a search asks for (default: %(default)s)')
+    parser.add_argument('--round', type=int, default=10, help='architectures to ask for at a time (default: %(default)s)')
     parser.add_argument('--only', default='', help='a regular expression: only variants in whose names it is found')
     parser.add_argument('--output', required=True, type=Path, metavar='JSONL', help='file that the results are added to')
     arguments = parser.parse_args()
@@ -81,16 +91,16 @@ def main() -> None:
         parser.error(f'--queries={arguments.queries}, but the regret is reported after 150 and 200')
     torch.set_num_threads(1)
     tables = {Path(path).stem: read_table(path) for path in arguments.table}
-    results = read_results(arguments.output, ('what', 'table', 'seed'))
+    results = read_results(arguments.output, ('what', 'table', 'seed', 'round'))
     for seed in range(arguments.seeds):
         for what, settings in variants().items():
             for name, table in tables.items():
-                if (what, name, seed) in results or not re.search(arguments.only, what):
-                    continue
-                line = {'what': what, 'table': name, 'seed': seed, **measure(settings, table, seed, arguments.queries)}
-                add_result(arguments.output, line)
-                results[what, name, seed] = line
-    show(results, list(tables))
+                key = {'what': what, 'table': name, 'seed': seed, 'round': arguments.round}
+                if tuple(key.values()) not in results and re.search(arguments.only, what):
+                    line = key | measure(settings, table, seed, arguments.queries, arguments.round)
+                    add_result(arguments.output, line)
+                    results[tuple(key.values())] = line
+    show(list(results.values()), list(tables))
 
 
 if __name__ == '__main__':
