@@ -23,24 +23,32 @@ supernet=(--method=NAO-WS "${child[@]}" --child_epochs=60 --child_eval_batch_siz
 final=(--layers=1 --channels=8 --nodes=5 --batch_size=64 --drop_path_keep_prob=1.0 --l2_reg=3e-4
   --lr_max=0.1 --lr_min=0.001 --epochs=16 --cutout_size=0 --holdout=1000)
 
+# keep NAME FILE...: put small files of the run $OUT/NAME into $KEPT/NAME, without this machine's directories.
+keep() {
+  local name=$1 file
+  shift
+  mkdir -p "$KEPT/$name"
+  for file; do
+    [ -e "$OUT/$name/$file" ] || continue
+    sed "s#$OUT/#exp/study/#g; s#$(dirname "$data")/##g" "$OUT/$name/$file" > "$OUT/$name/kept"
+    mv "$OUT/$name/kept" "$KEPT/$name/$file"
+  done
+}
+
 # search NAME FLAG...: one search in $OUT/NAME, whose small files go to $KEPT/NAME when it has ended.
 search() {
   local name=$1
   shift
   [ ! -e "$KEPT/$name/arch_pool" ] || return 0
   OUTPUT_DIR=$OUT/$name run train_search.py "$@" > /dev/null
-  mkdir -p "$KEPT/$name"
-  for file in metrics.jsonl results.0.jsonl arch_pool.perf arch_pool; do
-    [ ! -e "$OUT/$name/$file" ] || cp "$OUT/$name/$file" "$KEPT/$name/"
-  done
+  keep "$name" metrics.jsonl results.0.jsonl arch_pool.perf arch_pool  # the last says that all are there
 }
 
 # train NAME SEED ARCHITECTURE: a final training in $OUT/NAME, tested once; its metrics go to $KEPT/NAME.
 train() {
   [ ! -e "$KEPT/$1/metrics.jsonl" ] || return 0
   OUTPUT_DIR=$OUT/$1 run train_cifar.py "${images[@]}" "${final[@]}" --seed="$2" --fixed_arc="$3" > /dev/null
-  mkdir -p "$KEPT/$1"
-  cp "$OUT/$1/metrics.jsonl" "$KEPT/$1/"
+  keep "$1" metrics.jsonl
 }
 
 # trained SEED: the 40 random architectures of a seed.
