@@ -151,27 +151,15 @@ def gaussian_process(search: Search) -> Iterator[list[Sequence]]:
 
 
 def nao(search: Search, settings: Settings) -> Iterator[list[Sequence]]:
-    """Fit the controller to what has been asked and let it write new architectures.
-
-    What the table lacks cannot be asked: the controllers are told not to propose it again, and asked for more until the round
-    is full or they have no more.
-    """
+    """Fit the controller to what has been asked and let it write new architectures; what the table lacks is passed over."""
     allowed_tokens = search.table.allowed_tokens
     naos = [NAO(allowed_tokens, allowed_tokens[-1][1] + 1, len(allowed_tokens)) for _ in range(settings.members)]
-    refused: set[Sequence] = set()
     for number in itertools.count():
         tokens, targets = torch.tensor(list(search.asked)), TARGETS[settings.targets](list(search.asked.values()))
         fit_all(naos, tokens, targets, settings, search.generator, first=not number)
         best = tokens[targets.flatten().argsort(descending=True, stable=True)[:settings.top]]
-        new: list[Sequence] = []
-        while len(new) < search.round:
-            proposed, _ = propose(naos, best, [*search.asked, *refused, *new], search.round - len(new), settings,
-                                  search.generator)
-            new += [sequence for sequence in proposed if sequence in search.table.accuracies]
-            refused.update(sequence for sequence in proposed if sequence not in search.table.accuracies)
-            if not proposed:
-                break
-        yield new
+        yield propose(naos, best, list(search.asked), search.round, settings, search.generator,
+                      search.table.accuracies.__contains__)[0]
 
 
 METHODS: dict[str, Callable[[Search], Iterator[list[Sequence]]]] = {
@@ -254,7 +242,7 @@ def draw(path: str, results: dict[str, dict[str, Tensor]]) -> None:
         axes.set_ylim(bottom=0)
         axes.set(title=name, xlabel='architectures evaluated', ylabel='regret (per cent)')
         axes.grid(alpha=0.3)
-    panels.flat[0].legend()
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     figure.savefig(path, dpi=150, format='png')
 
 
