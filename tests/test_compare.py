@@ -117,6 +117,17 @@ def test_the_permutation_test_takes_many_seeds():
     assert compare.permutation_p(np.ones(30)) == 2 / 2**30
 
 
+def test_repeats_count_as_one_with_their_mean(tmp_path):
+    for name, gain in (('a', 1.0), ('b', 0.0)):
+        for seed in (10, 11, 12, 20, 21):
+            training(tmp_path / name / f'seed{seed}', 50.0 + seed + gain, 60.0 + gain * seed / 10, seed=seed)
+    found = numbers(tmp_path, '--repeats=10', f'a={tmp_path}/a/*', f'b={tmp_path}/b/*')
+    difference, = found['differences']
+    assert difference['seeds'] == [1, 2] and difference['differences'] == pytest.approx([1.1, 2.05])
+    assert found['groups']['a']['runs'][1]['y'] == pytest.approx([71.5, 62.05])
+    assert 'unknown' in mistake('tools/compare.py', '--repeats=10', f'a={candidates(tmp_path / "c", 0.5, seed=None)}')
+
+
 @needs_matplotlib
 def test_errors_and_single_points_are_in_sight(tmp_path):
     for seed, accuracy in enumerate((50.0, 60.0)):

@@ -119,8 +119,20 @@ def member(run: RunFiles) -> Member:
                   max(run.seconds or 0, seconds) / 3600)
 
 
-def read_groups(arguments: list[str], mistakes: list[str]) -> dict[str, list[Member]]:
-    """The members of the groups that the user names as GROUP=GLOB. Raises UserError."""
+def merge(members: list[Member], count: int) -> list[Member]:
+    """Members whose seeds agree when they are divided by `count` as one, with their means: repeats are not independent."""
+    merged = []
+    for seed in sorted({member.seed // count for member in members}):
+        repeats = [member for member in members if member.seed // count == seed]
+        x = min((member.x for member in repeats), key=len)
+        finals = [member.final for member in repeats]
+        merged.append(Member(repeats[0].path, seed, repeats[0].unit, x, np.mean([member.y[:len(x)] for member in repeats], 0),
+                             None if None in finals else float(np.mean(finals)), sum(member.hours for member in repeats)))
+    return merged
+
+
+def read_groups(arguments: list[str], mistakes: list[str], repeats: int = 1) -> dict[str, list[Member]]:
+    """The members of the groups that the user names as GROUP=GLOB; repeats: see `merge`. Raises UserError."""
     groups: dict[str, list[Member]] = {}
     for argument in arguments:
         name, equals, pattern = argument.partition('=')
@@ -135,6 +147,10 @@ def read_groups(arguments: list[str], mistakes: list[str]) -> dict[str, list[Mem
         seeds = [one.seed for one in groups[name] if one.seed is not None]
         if len(set(seeds)) < len(seeds):
             raise flags.UserError(f'{argument}: several of these runs have the same --seed; name one for each')
+        if repeats > 1 and len(seeds) < len(groups[name]):
+            raise flags.UserError(f'{argument}: the --seed of some of these runs is unknown, and --repeats goes by it')
+        if repeats > 1:
+            groups[name] = merge(groups[name], repeats)
     groups = {name: members for name, members in groups.items() if members}
     units = {one.unit for members in groups.values() for one in members}
     if len(units) > 1:
@@ -279,12 +295,14 @@ def main() -> None:
                         "best='exp/best/seed*'")
     parser.add_argument('--at', type=flags.POSITIVE_INT, metavar='N', help='compare after so many architectures, or epochs '
                         '(default: as many as all runs have)')
+    parser.add_argument('--repeats', type=flags.POSITIVE_INT, default=1, metavar='N', help='runs whose seeds agree when '
+                        'divided by N, such as 30, 31 and 32 by 10, repeat one thing and count as one, with their mean')
     parser.add_argument('-o', '--output', type=Path, metavar='FILE', help='a figure to draw: FILE.png, FILE.svg or FILE.pdf')
     parser.add_argument('--json', type=Path, metavar='FILE', help='where to write all numbers, the curves too')
     args = parser.parse_args()
     mistakes: list[str] = []
     form = runs.format_of(args.output) if args.output else ''
-    groups = read_groups(args.groups, mistakes)
+    groups = read_groups(args.groups, mistakes, args.repeats)
     if groups:
         found = report(groups, args.at)
         print(tables(found), flush=True)
