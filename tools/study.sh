@@ -2,8 +2,8 @@
 # Makes the study of docs/study.md again, on real images.
 #   bash tools/study.sh DIR [JOB...]   DIR: train.zip and valid.zip, CIFAR-10 in class folders. Without a JOB all of them, in
 #                                      JOBS (2) processes of one thread; it goes on where it was stopped
-# A job is one of the lines of `everything`, such as "searches 0 controller random". Runs go to OUT (exp/study), what is small and
-# finished to docs/study, and is not made again where it is there.
+# A job is one of the lines of `everything`, such as "searches 0 controller random". Runs go to OUT (exp/study), what is small
+# and finished to docs/study, and is not made again where it is there.
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 data=${1:?DIR is missing: the directory of train.zip and valid.zip}
