@@ -141,7 +141,7 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('rank', [0, 1])
+@pytest.mark.parametrize('rank', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_a_process_dies_the_run_ends_and_the_same_command_ends_bit_identical(rank, images, tmp_path):
     command = [2, 'train_imagenet.py', *IMAGENET, f'--data={images}']
     killed = torchrun(*command, f'--output_dir={tmp_path / "killed"}',

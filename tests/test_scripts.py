@@ -145,12 +145,15 @@ def test_several_seeds_run_one_after_the_other_into_places_of_their_own(name, tm
     wanted = [argument for seed in (0, 12)
               for argument in (f'--output_dir=my output/seed{seed}', '--epochs=1', f'--seed={seed}')]
     assert [argument for argument in arguments if argument not in ('--epochs=600', '--epochs=250')] == wanted
-    for seeds in ('0 x', '0,1', '0 -1'):
-        refused = script(name, cwd=tmp_path, SEEDS=seeds, PYTHON=str(tmp_path / 'bin' / 'python'))
-        assert refused.returncode == 2 and f'SEEDS="{seeds}"' in refused.stderr and 'argument' not in refused.stdout
     for flags in (['--seed=3'], ['--output_dir', 'out']):
         refused = script(name, *flags, cwd=tmp_path, SEEDS='0 1', PYTHON=str(tmp_path / 'bin' / 'python'))
         assert refused.returncode == 2 and 'OUTPUT_DIR' in refused.stderr and 'argument' not in refused.stdout
+
+
+@pytest.mark.parametrize('seeds', ['0 x', '0,1', '0 -1'])
+def test_seeds_are_checked_before_the_first_run(seeds, tmp_path):
+    refused = script(SEARCH, cwd=tmp_path, SEEDS=seeds, **echo(tmp_path))
+    assert refused.returncode == 2 and f'SEEDS="{seeds}"' in refused.stderr and 'argument' not in refused.stdout
 
 
 def test_a_seed_that_fails_ends_the_script(tmp_path):
