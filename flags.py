@@ -217,7 +217,6 @@ def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would tell of a killed worker once more
     sys.stdout.flush()
     beginning = '\r\x1b[K' if sys.stderr.isatty() else ''  # over a live line, see progress.LiveLine
     print(f'{beginning}{rank_prefix()}{Path(sys.argv[0]).name}: {" ".join(line.split())}', file=sys.stderr, flush=True)

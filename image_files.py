@@ -8,6 +8,7 @@ import copy
 import math
 import os
 import platform
+import signal
 import sys
 import weakref
 import zlib
@@ -241,7 +242,11 @@ class FileBatches:
         if not self.generator:
             shares = [(first, last) for first, last in shares if last > first]
         self.keys[:] = [[(epoch, index) for index in order[first:last].tolist()] for first, last in shares]
-        for (start, stop), read in zip(self.bounds, self.loader, strict=False):
+        batches = iter(self.loader)
+        # The loader's handler would raise wherever the program is when a worker is killed, and again when others end; without
+        # it the next batch raises, within seconds.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for (start, stop), read in zip(self.bounds, batches, strict=False):
             images, labels = self.to_device(*read)
             if not self.generator:
                 if len(labels):

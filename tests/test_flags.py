@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -58,26 +57,6 @@ def test_a_program_that_fails_says_why_in_one_line(error, status, words, monkeyp
     assert ended.value.code == status
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith(words)
-
-
-@pytest.mark.parametrize('error', [flags.Stopped('candidate 1/2 failed'), RuntimeError('DataLoader worker (pid 7) is killed')])
-def test_a_killed_worker_is_told_of_once(error, monkeypatch, capsys):
-    """DataLoader's handler of SIGCHLD raises whenever a process ends, also while the program does."""
-    def tell(*_):
-        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed')
-
-    def main():
-        signal.signal(signal.SIGCHLD, tell)
-        raise error
-    handler = signal.getsignal(signal.SIGCHLD)
-    monkeypatch.setattr(sys.stdout, 'flush', lambda: os.kill(os.getpid(), signal.SIGCHLD))
-    try:
-        with pytest.raises(SystemExit):
-            flags.run_program(main)
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
-        monkeypatch.undo()
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize('name', ['cuda:99', 'nonsense', 'meta', '', 'xla', 'hpu', 'cpu:x'])

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -165,6 +167,20 @@ def test_an_epoch_left_early_does_not_disturb_the_next(root, expected):
         next(iter(batches))
         generator.manual_seed(5)
         assert_equal_batches(list(batches), expected[0][0])
+
+
+def test_a_killed_worker_is_told_of_by_the_next_batch_and_nowhere_else(root):
+    """The loader's own handler of SIGCHLD would raise wherever the program is, also in what it says about its end."""
+    train, *_ = image_files.open_files(root, False, True, 5, show=False)
+    batches, others = FileBatches(train, 4, CPU, 1, generator=torch.Generator()), multiprocessing.active_children()
+    batch = iter(batches)
+    next(batch)
+    worker, = set(multiprocessing.active_children()) - set(others)
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(.5)
+    with pytest.raises(RuntimeError, match='DataLoader worker'):
+        list(batch)
+        list(batches)
 
 
 def test_reading_draws_from_no_generator_but_its_own(root, monkeypatch):
