@@ -37,8 +37,8 @@ UNTRAINED = {  # those that no test here trains
        for cards, batch_size, lr in (('', '128', '0.1'), ('_4cards', '512', '0.4'))},
 }
 SEARCH = 'train_search_NAO-WS_cifar10.sh'
-TINY_TRAINING = ['--dataset=digits', '--device=cpu', '--channels=4', '--layers=1', '--epochs=1', '--batch_size=500',
-                 '--drop_path_keep_prob=1']
+TINY_TRAINING = ['--dataset=digits', '--device=cpu', '--channels=4', '--layers=1', '--epochs=1', '--train_images=100',
+                 '--batch_size=100', '--drop_path_keep_prob=1']
 TINY_SEARCH = ['--dataset=digits', '--device=cpu', '--child_channels=2', '--child_layers=1', '--child_nodes=1',
                '--child_epochs=1', '--child_batch_size=500', '--child_eval_batch_size=20', '--controller_seed_arch=5',
                '--child_rank_count=1', '--child_rank_epochs=1']

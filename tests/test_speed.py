@@ -17,7 +17,7 @@ import training
 from model import NASNetworkCIFAR, NASNetworkImageNet
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet
 
-STEPS = 10
+STEPS = 5
 
 
 def make_network(kind):
