@@ -40,12 +40,15 @@ class Recipe(NamedTuple):
 
 
 def read_results(run: Run, kind: str) -> dict[str, float]:
-    """Architecture -> accuracy, 0-1, of all trainings of a kind that any process has finished; all call it together."""
+    """Architecture -> accuracy, 0-1, of all trainings of a kind that any process has finished; all call it together.
+
+    Those that failed before this program began do not count: they are tried again, perhaps with flags that help.
+    """
     mine = {}
     given = getattr(run.args, 'child_results', None)  # those of another search
     for path in [*filter(None, [given and Path(given)]), *sorted(run.output_dir.glob('results.*.jsonl'))]:
         for result in read_records(path, {kind: {'arch': str, 'accuracy': (int, float)}}):
-            if result['kind'] == kind:
+            if result['kind'] == kind and ('error' not in result or (kind, result['arch']) in run.failed):
                 mine[result['arch']] = result['accuracy']
     return {arch: accuracy for part in run.gather(mine) for arch, accuracy in part.items()}
 
@@ -71,6 +74,7 @@ def train_candidate(run: Run, recipe: Recipe, arch: Architecture, title: str = '
         checkpoint.fill_model(network, state['model'], path, recipe.flags)
         checkpoint.fill_optimizer(optimizer, state['optimizer'], path)
         done, accuracies = state['epoch'], state.get('accuracies', [])
+        state.pop('metrics_bytes', None)  # of the search, whose metrics stay as they are
         run.resume(state, f'epoch {done}')
     for epoch in training.train(run, network, optimizer, train_batches, valid_batches, first=done, title=title, split='valid',
                                 max_steps=recipe.max_steps, **recipe.options):
@@ -88,7 +92,8 @@ def train_all(run: Run, recipe: Recipe, archs: Sequence[Architecture], number: i
 
     number: of the round, by which the queue is called; to_come: how many trainings later rounds may ask for, for the estimate
     of the time that is left. One that is at fault itself (it does not fit into its device's memory,
-    or its loss is not finite) is logged and counts 0; whatever else fails raises flags.Stopped and is recorded nowhere.
+    or its loss is not finite) is logged and counts 0; whatever else fails raises flags.Stopped and is recorded nowhere, as do
+    failures of all.
     """
     results = read_results(run, recipe.kind)
     for arch in archs:
@@ -107,11 +112,18 @@ def train_all(run: Run, recipe: Recipe, archs: Sequence[Architecture], number: i
                 raise Stopped(f'{title}failed: {known_end(error) or reason}; it is not recorded, and the same command tries '
                               'again') from error
             accuracy, more = 0.0, {'error': reason}
+            run.failed[recipe.kind, str(arch)] = reason
             alone.log(f'{title}failed and counts 0: {reason}')
         append_line(run.output_dir / f'results.{run.rank}.jsonl', json.dumps(
             {'kind': recipe.kind, 'arch': str(arch), 'accuracy': accuracy, 'seconds': time.monotonic() - start, **more}))
         checkpoint_of(run, recipe.kind, str(arch)).unlink(missing_ok=True)
         alone.log(f'{title}accuracy {accuracy:.4f}, all of them left {clock.left(index + 1)}')
     run.reseed(f'after {recipe.kind}', number)  # who trained what must not matter to what follows
+    for part in run.gather(run.failed):
+        run.failed.update(part)
+    reasons = [run.failed.get((recipe.kind, str(arch))) for arch in archs]
+    if todo and all(reasons):
+        raise Stopped(f'all {len(archs)} trainings failed, the last one so: {reasons[-1]}; the same command tries again, '
+                      'perhaps with a smaller batch or learning rate')
     results = read_results(run, recipe.kind)
     return [results[str(arch)] for arch in archs]

@@ -109,15 +109,23 @@ def require(state: dict[str, Any], kinds: dict[str, Any], path: str | Path, advi
             raise UserError(f'{path}: {problem}, so no run can go on from it; {advice}name another {flag}')
 
 
-def same_run(state: dict[str, Any], args: argparse.Namespace, path: str | Path, flag: str = '--output_dir') -> None:
+def same_run(state: dict[str, Any], args: argparse.Namespace, path: str | Path, flag: str = '--output_dir',
+             names: Sequence[str] = ANOTHER_RUN) -> None:
     """Raise UserError if a checkpoint is of a run that differs in what makes it another one, not the same one changed."""
-    for name in ANOTHER_RUN:
+    for name in names:
         now = getattr(args, name, None)
         was = state['args'].get(name, now)
         if was != now:
             had, wanted = (f'--{name}={value}' if value is not None else f'no --{name}' for value in (was, now))
             raise UserError(f'{path}: is of a run with {had}, not {wanted}; give that to go on with it, or name another '
                             f'{flag}')
+
+
+def same_images(state: dict[str, Any], fingerprint: int, path: str | Path) -> None:
+    """Raise UserError if a checkpoint, where it says, is of images that were split otherwise; see datasets.fingerprint."""
+    if state.get('fingerprint', fingerprint) != fingerprint:
+        raise UserError(f'{path}: was trained on other images: their number or classes differ, so that images it has learnt '
+                        'would judge it; give those, or name another --output_dir')
 
 
 def same_classes(state: dict[str, Any], classes: Sequence[str], path: str | Path) -> None:

@@ -54,11 +54,11 @@ def _in_zip(place: Path) -> list[str]:
                         ) from None
 
 
-def find_images(root: Path, parts: Sequence[str], zipped: bool) -> tuple[Path, list[tuple[str, str]]]:
+def find_images(root: Path, parts: Sequence[str], zipped: bool, show: bool = True) -> tuple[Path, list[tuple[str, str]]]:
     """The first folder (or NAME.zip) of `parts` that is there, and its images as sorted (name in it, class) pairs.
 
     An image's class is the first folder that it lies in, as torchvision's ImageFolder has it; in a zip the first below the
-    folders that all its images share. Raises UserError.
+    folders that all its images share. What is left out gets a warning, if `show`. Raises UserError.
     """
     places = [root / (f'{part}.zip' if zipped else part) for part in parts]
     place = next((place for place in places if os.path.exists(place)), None)
@@ -73,16 +73,29 @@ def find_images(root: Path, parts: Sequence[str], zipped: bool) -> tuple[Path, l
         names = _in_zip(place) if zipped else list(_walk(str(place)))
     except OSError as error:
         raise UserError(f'{error.filename or place}: cannot be read ({error.strerror})') from None
-    found = [(name, name.split('/')[:-1]) for name in names if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
+    names = [name for name in names if not name.endswith('/')
              and not any(part.startswith(('.', '__MACOSX')) for part in name.split('/'))]  # what systems add
-    levels = zip(*(folders for _, folders in found), strict=False) if zipped else ()
+    endings = torchvision.datasets.folder.IMG_EXTENSIONS
+    found = [(name, name.split('/')[:-1]) for name in names if name.lower().endswith(endings)]
+    levels = zip(*(folders for _, folders in found if folders), strict=False) if zipped else ()
     shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
-    if all(len(folders) == shared for _, folders in found):  # all of one class
+    if all(len(folders) <= shared for _, folders in found):  # all of one class
         shared = max(0, shared - 1)
     images = sorted((name, folders[shared]) for name, folders in found if len(folders) > shared)
     if not images:
         raise UserError(f'{place}: has no images in class folders, such as n01440764/name.JPEG')
+    if show:
+        warn_of_others(place, sorted(set(names) - {name for name, _ in images}), {name for name, _ in found})
     return place, images
+
+
+def warn_of_others(place: Path, others: list[str], images: set[str]) -> None:
+    """Warn of files that are no images, such as those of a class in a format that cannot be read, or that have no class."""
+    for what, names in (('in a format that is not read', [name for name in others if name not in images and '/' in name]),
+                        ('in no class folder', [name for name in others if name in images])):
+        if names:
+            print(f'warning: {place}: {len(names)} file{"s" * (len(names) > 1)} {what}, such as {names[0]}; left out',
+                  file=sys.stderr, flush=True)
 
 
 def label(place: Path, images: list[tuple[str, str]], classes: list[str], show: bool) -> list[int]:

@@ -18,6 +18,7 @@ import kernels
 
 START = 0  # the token that a decoder begins with
 LOG_EVERY = 100  # epochs between two reports of a fit
+SURE = 1e-7  # predictions nearer to 0 or 1 are all one: their log-odds may be infinite, and infinities do not add up
 
 
 class Encoder(nn.Module):
@@ -230,7 +231,7 @@ def pairwise_accuracy(targets: Tensor, predictions: Tensor) -> float:
 
 def hamming_distance(targets: Tensor, tokens: Tensor) -> float:
     """The mean share of positions at which decoded tokens differ from their targets, 0-1."""
-    return float((targets != tokens).double().mean())
+    return float((targets != tokens).cpu().double().mean())
 
 
 # What turns accuracies into targets, and what a prediction pays for missing its target, by the names of the options.
@@ -397,7 +398,7 @@ def choose(predictions: Tensor, count: int, beta: float) -> list[int]:
     Each is the best that is left by the mean of the members' log-odds + a weight, from 0 to `beta` in even steps, of their
     deviation: some are what the members expect most of, others what they disagree about.
     """
-    odds = predictions.double().logit()
+    odds = predictions.cpu().double().clamp(SURE, 1 - SURE).logit()  # not on MPS, which has no double precision
     mean, deviation = odds.mean(0), odds.std(0, correction=0)
     chosen: list[int] = []
     for weight in torch.linspace(0, beta, count).tolist()[:len(mean)]:

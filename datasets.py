@@ -8,6 +8,7 @@ float in channels-last layout, labels (batch,) int64).
 import argparse
 import contextlib
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,7 +137,7 @@ def _load_folder(root: Path, train: bool, folder: Folder) -> Raw:
     """Images of class folders or a zip, each resized to a square; what cannot be decoded is named and left out."""
     if not train and not folder.classes:
         raise ValueError("a folder's test images are read with the `info` of its training images")
-    place, found = find_images(root, ('train',) if train else ('valid', 'val', 'test'), folder.zipped)
+    place, found = find_images(root, ('train',) if train else ('valid', 'val', 'test'), folder.zipped, folder.show)
     classes = folder.classes or sorted({name for _, name in found})
     labels, files, broken = label(place, found, classes, folder.show), Files(place), {}
     needed, free = len(found) * (7 * folder.size ** 2 + 4 * (folder.size + 2 * CROP_PADDING) ** 2), available_memory()
@@ -185,6 +186,11 @@ def measure(images: np.ndarray) -> tuple[list[float], list[float]]:
     mean = shares @ values
     variance = shares @ values ** 2 - mean ** 2
     return mean.tolist(), np.sqrt(variance.clip(1e-6)).tolist()  # not 0, by which nothing can be divided
+
+
+def fingerprint(labels: Tensor | Sequence[int], classes: Sequence[str]) -> int:
+    """A number that images of another number or of other classes do not have: a split of them would be another."""
+    return zlib.crc32(torch.as_tensor(labels).long().cpu().numpy().tobytes() + repr(list(classes)).encode())
 
 
 def load(dataset: str, root: str | Path, train: bool, device: torch.device, folder: Folder | None = None,

@@ -99,13 +99,13 @@ def read_records(path: Path, needed: dict[str, dict[str, type | tuple[type, ...]
 class LoggedStream:
     """A stream whose text also goes to a log file, so that every run has its log."""
 
-    def __init__(self, stream: IO[str], log: IO[str]):
+    def __init__(self, stream: IO[str], log: IO[bytes]):
         self.stream, self.log = stream, log
 
     def write(self, text: str) -> int:
         """Write to both."""
-        self.log.write(text)
-        self.log.flush()
+        with contextlib.suppress(OSError):  # of a full disk the next checkpoint will tell, and must be able to
+            self.log.write(text.encode(errors='backslashreplace'))
         return self.stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -115,8 +115,8 @@ class LoggedStream:
 def log_to(path: Path, early: str) -> None:
     """Append what this process prints to a log file from now on, and what it printed early before."""
     need_file(path)
-    log = open(path, 'a', encoding='utf-8', errors='backslashreplace')  # noqa: SIM115 - as long as we run
-    log.write(early)
+    log = open(path, 'ab', buffering=0)  # noqa: SIM115 - as long as we run
+    log.write(early.encode(errors='backslashreplace'))
     sys.stdout, sys.stderr = LoggedStream(sys.stdout, log), LoggedStream(sys.stderr, log)
 
 

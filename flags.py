@@ -171,17 +171,27 @@ def rank_prefix() -> str:
 
 
 KNOWN_ENDS = {  # what PyTorch's errors begin with or hold -> the line in their place
-    'DataLoader worker': 'a process that reads images was killed, perhaps because memory ran out (fewer --workers need less)',
+    'DataLoader worker (pid': 'a process that reads images was killed, perhaps because memory, or /dev/shm in a container, '
+                              'ran out (fewer --workers need less)',
+    'unable to write to file </torch_': 'the shared memory, /dev/shm, is full; fewer --workers need less, and a container can '
+                                        'be given more (docker run --shm-size=8g)',
     'out of memory': 'the memory does not hold the network and a batch; smaller sizes need less',
     "can't allocate memory": 'the memory does not hold the network and a batch; smaller sizes need less',
 }
 
 
+# What libraries say where another process has ended.
+GONE = ('closed', 'reset by peer', 'broken pipe', 'got 0 bytes', 'sendbytes', 'recvvalue', 'remote', 'aborted')
+
+
 def known_end(error: RuntimeError) -> str | None:
     """The line that tells an error of PyTorch to the user, None for what would be a bug."""
-    if dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
-        return 'another process has ended, which will have said why'
-    return next((line for words, line in KNOWN_ENDS.items() if words in str(error)), None)
+    words = str(error)
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in words):
+        if any(sign in words.lower() for sign in GONE):
+            return 'another process has ended, which will have said why'
+        return f'the processes cannot work together: {words.strip().splitlines()[-1]}'
+    return next((line for sign, line in KNOWN_ENDS.items() if sign in words), None)
 
 
 def run_program(main: Callable[[], None], goes_on: bool = True) -> None:

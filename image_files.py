@@ -14,7 +14,6 @@ import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 import flags
+import work_queue
 from augment import Draws, colour_jitter, draw, mirror
 from class_folders import UNREADABLE, Broken, Files, available_memory, decode, find_images, for_each, label, resize
 from datasets import batch_bounds, normalise, share_of, training_bounds
@@ -32,7 +32,6 @@ IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 IMAGE_SIZE = 224  # pixels of a side of what a network sees; in evaluation the middle of a short side of 256
 TRAIN, VALID = ('train',), ('valid', 'val')  # what the folders are called
 SEEN = 4  # a long side of more short sides than this is cut before anything is computed
-LONGEST_READ = timedelta(days=2)  # that the other processes of a machine wait for the first
 LOOKED_AT = 8  # images of a set that are decoded at its opening: one of them must be one
 
 
@@ -117,7 +116,7 @@ class ImageFiles(torch.utils.data.Dataset):
             store = None
         key = f'{platform.node()} {os.environ.get("GROUP_RANK", 0)} {self.place}'
         if store is not None and os.environ.get('LOCAL_RANK', '0') != '0':
-            store.wait([key], LONGEST_READ)
+            store.wait([key], work_queue.LONGEST)
             self.path = store.get(key).decode()
             if self.path:
                 self.attach()
@@ -257,13 +256,6 @@ class FileBatches:
                 raise UserError(f'{self.files.place}: all images of a batch are broken; copy the data anew, or remove them')
 
 
-def meet(store: torch.distributed.Store, name: str) -> None:
-    """Wait for all processes of the run, however long they read: none must do so in a collective operation, which gives up."""
-    if store.add(name, 1) == int(os.environ.get('WORLD_SIZE', 1)):
-        store.set(f'{name}: all', '')
-    store.wait([f'{name}: all'], LONGEST_READ)
-
-
 def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, store: torch.distributed.Store | None = None,
                show: bool = True, validates: bool = True) -> tuple[ImageFiles, ImageFiles, list[str]]:
     """The training and the validation images below `root`, and the names of the classes. Raises UserError.
@@ -272,15 +264,29 @@ def open_files(root: str | Path, zipped: bool, lazy: bool, seed: int, store: tor
     one copy of them on each machine; show: whether to print warnings and progress; validates: False takes the training
     images for the validation too, and looks for no others.
     """
-    train = find_images(Path(root), TRAIN, zipped)
+    train = find_images(Path(root), TRAIN, zipped, show)
     classes = sorted({name for _, name in train[1]})
     sets = [ImageFiles(*train, classes, seed, trains=True)]
     if validates:
-        sets.append(ImageFiles(*find_images(Path(root), VALID, zipped), classes, seed, trains=False, show=show))
-    for files in sets:
-        files.check()
-        if not lazy:
-            files.hold(show, store)
-    if store is not None and not lazy:
-        meet(store, f'images of {root}')
+        sets.append(ImageFiles(*find_images(Path(root), VALID, zipped, show), classes, seed, trains=False, show=show))
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    with contextlib.nullcontext() if store is None else work_queue.together(store, rank, world, f'images of {root}'):
+        for files in sets:
+            files.check()
+            if not lazy:
+                files.hold(show, store)
     return sets[0], sets[1] if validates else sets[0].evaluated(), classes
+
+
+def open_tested(root: str | Path, zipped: bool, classes: list[str] | None, show: bool = True) -> ImageFiles:
+    """The validation images below `root`, read when they are needed.
+
+    Their classes are `classes`, or else those of the training images, or their own where there are none. Raises UserError.
+    """
+    place, images = find_images(Path(root), VALID, zipped, show)
+    if not classes:
+        there = any((Path(root) / (f'{part}.zip' if zipped else part)).exists() for part in TRAIN)
+        classes = sorted({name for _, name in (find_images(Path(root), TRAIN, zipped, show)[1] if there else images)})
+    files = ImageFiles(place, images, classes, seed=0, trains=False, show=show)
+    files.check()
+    return files

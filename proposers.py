@@ -118,6 +118,7 @@ def by_evolution(known: Known, count: int) -> Proposal:
             child = next(iter(costs.sample(1, known.vocabulary, known.generator, known.budget, seen)), None)
             if child is None:  # the space has no more
                 break
+            repeats = 0
         elif repeats:
             continue
         seen.add(child)

@@ -7,7 +7,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-exp/quickstart}
 source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
 [ "$#" = 0 ] || { echo 'error: quickstart.sh takes no flags; OUTPUT_DIR=DIR says where it writes' >&2; exit 2; }
 install requirements.txt
-unset VIRTUAL_ENV  # what was installed is in .venv
+unset VIRTUAL_ENV PYTHON  # what was installed is in .venv
 
 base=$OUTPUT_DIR
 OUTPUT_DIR=$base/search

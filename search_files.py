@@ -11,7 +11,7 @@ import checkpoint
 import costs
 import search_setup
 from architecture import Architecture
-from disk import read_lines, write_lines
+from disk import write_lines
 from flags import UserError
 from utils import Run
 
@@ -35,14 +35,18 @@ def write_front(run: Run, pool: Sequence[Architecture], accuracies: Sequence[flo
 def read_final(run: Run) -> list[Architecture]:
     """The architectures of arch_pool.final, best first; none if it is not there."""
     path = run.output_dir / 'arch_pool.final'
-    return [architecture.parse(line) for line in read_lines(path)] if path.exists() else []
+    try:
+        return architecture.read_pool(path) if path.exists() else []
+    except architecture.ArchitectureError as error:
+        raise UserError(f'{error}; put this result of the search right, or move it away to have it made again') from None
 
 
 def state_of(search: Any) -> dict[str, Any]:
     """What a checkpoint holds of a search, but for its supernet."""
     return {'model': {}, 'optimizer': {}, 'epoch': search.number(), 'step': 0,
             'controller': [nao.state_dict() for nao in search.naos], 'pool': [str(arch) for arch in search.pool],
-            'born': search.born, 'rounds': search.rounds, 'best_acc_top1': 100 * max(search.accuracies, default=0.0),
+            'born': search.born, 'rounds': search.rounds, 'fingerprint': search.task.images,
+            'best_acc_top1': 100 * max(search.accuracies, default=0.0),
             **{name: getattr(search, name) for name in search.fields}}
 
 
@@ -60,7 +64,8 @@ def load(search: Any) -> dict[str, Any] | None:
         raise UserError(f'{path} is not the checkpoint of a search by --method={args.method}; name another --output_dir')
     checkpoint.require(state, search.fields | {'controller': list, 'pool': list, 'random': list, 'scaler': dict,
                                                'metrics_bytes': int}, path)
-    checkpoint.same_run(state, args, path)
+    checkpoint.same_run(state, args, path, names=(*checkpoint.ANOTHER_RUN, 'image_size', 'child_layers', 'child_channels'))
+    checkpoint.same_images(state, search.task.images, path)
     search_setup.fill_controllers(search.naos, state, path)
     try:
         search.pool = [architecture.parse(line, args.child_nodes, search.vocabulary.operations) for line in state['pool']]

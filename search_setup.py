@@ -19,6 +19,7 @@ import image_files
 import training
 from architecture import Architecture
 from candidates import Recipe
+from disk import need_file
 from flags import (
     BATCH,
     CHANNELS,
@@ -42,7 +43,7 @@ from flags import (
 from model import AUX_HEAD_IMAGE, FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet, check_image_size
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet, Supernet
 from proposers import PROPOSERS
-from utils import Run
+from utils import RESULTS, Run
 
 PAPER = controller.PRESETS['paper']
 TRAIN_SHARE = 0.9  # of the training images; the rest validates
@@ -238,8 +239,13 @@ def check(args: argparse.Namespace) -> None:
     check_controller(args)
     if args.child_lr_min > args.child_lr_max:
         raise UserError(f'--child_lr_min={args.child_lr_min:g} is above --child_lr_max={args.child_lr_max:g}')
-    if args.child_results and not Path(args.child_results).is_file():
-        raise UserError(f'--child_results={args.child_results}: there is no such file')
+    if args.child_results:
+        given = Path(args.child_results)
+        if not given.is_file():
+            raise UserError(f'--child_results={given}: there is no such file')
+        if RESULTS.fullmatch(given.name) and given.resolve().parent == Path(args.output_dir).resolve():
+            raise UserError(f'--child_results={given}: is of --output_dir itself, which needs no flag to go on and puts '
+                            'results aside to begin anew; copy it to another place')
     listed = args.child_eval_epochs if isinstance(args.child_eval_epochs, list) else []
     if args.method == 'NAO-WS' and listed and max(listed) > args.child_epochs:
         raise UserError(f'--child_eval_epochs names epoch {max(listed)}, but there are {args.child_epochs} epochs')
@@ -267,21 +273,30 @@ def fill_controllers(naos: list[controller.NAO], state: dict[str, Any], path: Pa
         checkpoint.fill_model(nao, weights, path, flags)
 
 
-def first_pool(args: argparse.Namespace, space: architecture.Vocabulary, generator: torch.Generator,
+def first_pool(args: argparse.Namespace, space: architecture.Vocabulary, run: Run,
                budget: costs.Budget) -> list[Architecture]:
-    """The pool file that the user names or has left in --output_dir, or random architectures, within the budget.
+    """The pool of a file that the user names or has left in --output_dir, or a random one; within the budget, none twice.
 
     Raises UserError.
     """
     left = Path(args.output_dir) / 'arch_pool'
     path = args.child_arch_pool or (left if left.exists() else None)
     if not path:
-        return costs.sample(args.controller_seed_arch, space, generator, budget, needed=args.controller_seed_arch)
+        count = args.controller_seed_arch
+        return costs.sample(count, space, run.generators['search'], budget, needed=count)
     try:
-        return architecture.read_pool(path, space.nodes, space.operations, budget.check)
+        pool = architecture.read_pool(path, space.nodes, space.operations, budget.check)
     except architecture.ArchitectureError as error:
         raise UserError(f'--child_arch_pool: {error}' if args.child_arch_pool else
                         f'{error}; a search starts from the arch_pool of its --output_dir, name another') from None
+    need_file(left)
+    if left.exists() and Path(path).read_bytes() != left.read_bytes():
+        raise UserError(f'--child_arch_pool={path}: {left} is another pool, which would be overwritten; move it away, or name '
+                        'another --output_dir')
+    distinct = list(dict.fromkeys(pool))
+    if len(distinct) < len(pool):
+        run.log(f'{path}: {len(pool) - len(distinct)} of its {len(pool)} lines repeat others and are left out')
+    return distinct
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -298,6 +313,7 @@ class Task(NamedTuple):
     lr: Callable[[int], float]  # epoch, from 0 -> learning rate of the supernet, or of a candidate of NAO
     label_smooth: float
     ranking: dict[str, Any]  # how one of the best is trained from scratch: fields of candidates.Recipe
+    images: int  # datasets.fingerprint of those that train and validate
 
 
 def split_images(labels: Any, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
@@ -341,7 +357,8 @@ def open_small_images(args: argparse.Namespace, run: Run) -> Task:
         'options': {'epochs': args.child_rank_epochs, 'lr': cosine_of(args, args.child_rank_epochs)}}
     return Task(
         len(data.classes), data.size, NASWSNetworkCIFAR, NASNetworkCIFAR, train_batches, valid_batches,
-        cosine_of(args, max(args.child_lr_epochs or 0, args.child_epochs)), 0.0, ranking)
+        cosine_of(args, max(args.child_lr_epochs or 0, args.child_epochs)), 0.0, ranking,
+        datasets.fingerprint(data.labels, data.classes))
 
 
 def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
@@ -362,7 +379,7 @@ def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
     return Task(
         len(classes), image_files.IMAGE_SIZE, NASWSNetworkImageNet, NASNetworkImageNet, train_batches, valid_batches,
         partial(training.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),
-        args.child_label_smooth, ranking)
+        args.child_label_smooth, ranking, datasets.fingerprint(train_files.labels, classes))
 
 
 def budget_of(args: argparse.Namespace, task: Task) -> costs.Budget:

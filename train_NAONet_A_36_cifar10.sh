@@ -3,7 +3,7 @@
 #   bash train_NAONet_A_36_cifar10.sh [FLAG...]     e.g. bash train_NAONet_A_36_cifar10.sh --epochs=1
 MODEL=${MODEL:-NAONet_A_36_cifar10}
 OUTPUT_DIR=${OUTPUT_DIR:-exp/$MODEL}
-[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # the GPUs to use; torchrun takes all
+[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}  # the GPUs to use; torchrun takes all
 DATA_DIR=${DATA_DIR:-data}
 fixed_arc=${fixed_arc:-"0 7 1 15 2 8 1 7 0 6 1 7 0 8 4 7 1 5 0 7 0 7 1 13 0 6 0 14 0 9 1 10 0 14 2 6 1 11 0 7"}
 

@@ -3,7 +3,7 @@
 #   bash train_NAONet_B_36_cifar10.sh [FLAG...]     e.g. bash train_NAONet_B_36_cifar10.sh --epochs=1
 MODEL=${MODEL:-NAONet_B_36_cifar10}
 OUTPUT_DIR=${OUTPUT_DIR:-exp/$MODEL}
-[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # the GPUs to use; torchrun takes all
+[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}  # the GPUs to use; torchrun takes all
 DATA_DIR=${DATA_DIR:-data}
 fixed_arc=${fixed_arc:-"0 1 0 2 0 1 2 2 1 3 0 2 4 0 1 3 2 1 0 3 1 1 1 0 2 1 2 4 1 0 2 3 3 1 2 2 0 2 0 2"}
 

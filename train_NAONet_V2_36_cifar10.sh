@@ -3,7 +3,7 @@
 #   bash train_NAONet_V2_36_cifar10.sh [FLAG...]     e.g. bash train_NAONet_V2_36_cifar10.sh --epochs=1
 MODEL=${MODEL:-NAONet_V2_36_cifar10}
 OUTPUT_DIR=${OUTPUT_DIR:-exp/$MODEL}
-[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # the GPUs to use; torchrun takes all
+[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}  # the GPUs to use; torchrun takes all
 DATA_DIR=${DATA_DIR:-data}
 fixed_arc=${fixed_arc:-"1 1 0 1 2 4 0 0 0 0 2 1 0 0 0 2 0 3 0 0 0 2 0 2 2 2 1 0 0 0 0 1 0 0 0 3 0 0 0 1"}
 

@@ -3,7 +3,7 @@
 #   bash train_NAONet_V2_imagenet_4cards.sh [FLAG...]     or, faster: LAUNCH="torchrun --nproc_per_node=4" bash ...
 MODEL=${MODEL:-NAONet_V2_imagenet}
 OUTPUT_DIR=${OUTPUT_DIR:-exp/$MODEL}
-[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1,2,3}  # the GPUs to use; torchrun takes all
+[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3}  # the GPUs to use; torchrun takes all
 DATA_DIR=${DATA_DIR:-imagenet/raw-data}
 fixed_arc=${fixed_arc:-"1 1 0 1 2 4 0 0 0 0 2 1 0 0 0 2 0 3 0 0 0 2 0 2 2 2 1 0 0 0 0 1 0 0 0 3 0 0 0 1"}
 

@@ -66,7 +66,8 @@ def main() -> None:
         run, network, train_batches, eval_batches(images.select(held_out)) if args.holdout else test_batches,
         test_batches=test_batches if args.holdout else None, l2_reg=args.l2_reg, epochs=args.epochs, grad_bound=args.grad_bound,
         lr=partial(training.cosine, epochs=args.epochs, lr_max=args.lr_max, lr_min=args.lr_min),
-        more={'images': images.info, 'classes': list(images.classes)})
+        more={'images': images.info, 'classes': list(images.classes),
+              'fingerprint': datasets.fingerprint(images.labels, images.classes)})
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import argparse
 import sys
 from functools import partial
 
+import datasets
 import image_files
 import training
 from architecture import Architecture
@@ -59,24 +60,26 @@ def main() -> None:
     if args.mode == 'train' and run.is_first and abs(args.lr / (LR_PER_IMAGE * args.batch_size) - 1) > 0.01:
         print(f'warning: --lr={args.lr:g} with --batch_size={args.batch_size}: the published results keep 0.1 per 128 images, '
               f'which is --lr={LR_PER_IMAGE * args.batch_size:g}', file=sys.stderr, flush=True)
-    train_files, valid_files, classes = image_files.open_files(
-        args.data, args.zip_file, args.lazy_load or args.mode == 'test', args.seed, run.store, run.is_first)
     make = partial(image_files.FileBatches, device=run.device, workers=args.workers, rank=run.rank, world=run.world)
-    test_batches = make(valid_files, args.eval_batch_size)
 
-    def build(use_aux_head: bool, steps: int = 1) -> NASNetworkImageNet:
+    def build(classes: list[str], use_aux_head: bool, steps: int = 1) -> NASNetworkImageNet:
         return NASNetworkImageNet(len(classes), args.layers, args.nodes, args.channels, args.keep_prob,
                                   args.drop_path_keep_prob, use_aux_head, steps, arch)
     if args.mode == 'test':
-        training.test_network(run, build, test_batches)
+        files = image_files.open_tested(args.data, args.zip_file, training.tested(args)[1].get('classes'), run.is_first)
+        training.test_network(run, partial(build, files.classes), make(files, args.eval_batch_size))
         return
+    train_files, valid_files, classes = image_files.open_files(
+        args.data, args.zip_file, args.lazy_load, args.seed, run.store, run.is_first)
+    test_batches = make(valid_files, args.eval_batch_size)
     chosen, held_out = training.parts(train_files.labels, args)
     train_batches = make(train_files, args.batch_size, indices=chosen, generator=run.generators['data'])
     eval_batches = make(train_files.evaluated(), args.eval_batch_size, indices=held_out) if args.holdout else test_batches
     training.train_network(
-        run, build(args.use_aux_head, args.epochs * len(train_batches)), train_batches, eval_batches,
+        run, build(classes, args.use_aux_head, args.epochs * len(train_batches)), train_batches, eval_batches,
         test_batches=test_batches if args.holdout else None, l2_reg=args.l2_reg, epochs=args.epochs, grad_bound=args.grad_clip,
-        label_smooth=args.label_smooth, more={'classes': classes},
+        label_smooth=args.label_smooth,
+        more={'classes': classes, 'fingerprint': datasets.fingerprint(train_files.labels, classes)},
         lr=partial(training.step_decay, lr=args.lr, gamma=args.gamma, decay_period=args.decay_period))
 
 

@@ -81,7 +81,7 @@ class Search:
         self.budget = search_setup.budget_of(args, self.task)
         self.pool: list[Architecture] = []  # best first, once it is measured; `load` takes the checkpoint's
         if not self.checkpoint.exists():
-            self.pool = search_setup.first_pool(args, self.vocabulary, run.generators['search'], self.budget)
+            self.pool = search_setup.first_pool(args, self.vocabulary, run, self.budget)
         self.accuracies: list[float] = []  # of the pool when it was measured
         self.born = list(range(len(self.pool)))  # how many architectures there were before each
         self.rounds = [[0, 0]]  # [number, how many there were before] of each round of new ones; first the start
@@ -122,7 +122,7 @@ class Search:
     def load(self) -> dict[str, Any] | None:
         """Go on from the checkpoint in the output directory, if there is one; returns it. Raises UserError."""
         state = search_files.load(self)
-        if state and self.phase == 'done':
+        if state and self.phase in ('rank', 'done'):
             self.phase = self.reopen(state['args'])
         return state
 
@@ -131,10 +131,11 @@ class Search:
         self.run.save(search_files.state_of(self) | more, *self.checkpoints(after))
 
     def reopen(self, saved: dict[str, Any]) -> str:
-        """The phase in which a finished search goes on if the flags ask for more than those `saved` did; else 'done'."""
-        if saved.get(self.extent, math.inf) < getattr(self.args, self.extent):
+        """The phase in which a search that was over goes on, as it may if the flags ask for more than those `saved` did."""
+        if saved.get(self.extent, math.inf) < getattr(self.args, self.extent) and not self.is_over():
             return self.after_measuring
-        return 'rank' if set(self.pool[:self.args.child_rank_count]) - set(search_files.read_final(self.run)) else 'done'
+        unranked = set(self.pool[:self.args.child_rank_count]) - set(search_files.read_final(self.run))
+        return 'rank' if self.phase == 'rank' or unranked else 'done'
 
     def checkpoints(self, after: str) -> list[Path]:
         """Where the checkpoint after a phase is written to."""

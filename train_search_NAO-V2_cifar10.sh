@@ -3,7 +3,7 @@
 #   bash train_search_NAO-V2_cifar10.sh [FLAG...]     e.g. bash train_search_NAO-V2_cifar10.sh --rounds=1
 MODEL=${MODEL:-search_V2_cifar10}
 OUTPUT_DIR=${OUTPUT_DIR:-exp/$MODEL}
-[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # the GPUs to use; torchrun takes all
+[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}  # the GPUs to use; torchrun takes all
 DATA_DIR=${DATA_DIR:-data}
 
 # shellcheck source=tools/common.sh

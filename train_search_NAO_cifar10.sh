@@ -5,7 +5,7 @@
 #   LAUNCH="torchrun --nproc_per_node=4" bash train_search_NAO_cifar10.sh  four GPUs; with --nnodes several machines
 MODEL=${MODEL:-search_NAO_cifar10}
 OUTPUT_DIR=${OUTPUT_DIR:-exp/$MODEL}
-[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # the GPUs to use; torchrun takes all
+[ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}  # the GPUs to use; torchrun takes all
 DATA_DIR=${DATA_DIR:-data}
 
 # shellcheck source=tools/common.sh

@@ -157,7 +157,11 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
             run.live.show(f'{title} step {done}/{count} {describe(meter.values(of_all=False))} left {clock.left(step)}')
         if done == count:
             break
-    return values(), step
+    result = values()
+    if not math.isfinite(nn.utils.get_total_norm(optimizer.param_groups[0]['params'])):  # no loss saw the last step
+        raise NotFiniteError(f'the weights are no longer finite after {title}; the last checkpoint is kept; a smaller learning '
+                             'rate may help')
+    return result, step
 
 
 @torch.no_grad()
@@ -262,6 +266,8 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
         checkpoint.same_run(state, run.args, path)
         checkpoint.same_architecture(state, model.arch, path)
         checkpoint.same_classes(state, eval_batches.classes, path)
+        if run.args.holdout or run.args.train_images:
+            checkpoint.same_images(state, more['fingerprint'], path)
         checkpoint.fill_model(model, state['model'], path)
         checkpoint.fill_optimizer(optimizer, state['optimizer'], path)
     run.open_output(anew=state is None)
@@ -288,8 +294,9 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     run.log(f'finished: best {split} top-1 error {100 - best:.2f} %, that of the last epoch {100 - last:.2f} %, checkpoints in '
             f'{run.output_dir}')
     if test_batches:
-        chosen = checkpoint.load_network(run.output_dir / 'checkpoint_best.pt')
-        checkpoint.fill_model(model, chosen['model'], run.output_dir / 'checkpoint_best.pt')
+        path = run.output_dir / 'checkpoint_best.pt'
+        chosen = run.together(lambda: checkpoint.load_network(path))  # which the first process may just have written
+        checkpoint.fill_model(model, chosen['model'], path)
         values = evaluate(run, model, test_batches)
         run.log(f'test images, looked at once: {errors(values)}, of epoch {chosen["epoch"]}, which {eval_batches.count} '
                 'held-out images chose')
@@ -308,6 +315,7 @@ def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Ite
     weights = state['model']
     model = run.place(build(any(name.startswith('auxiliary_head.') for name in weights)))
     checkpoint.same_architecture(state, model.arch, path)
+    checkpoint.same_classes(state, eval_batches.classes, path)
     checkpoint.fill_model(model, weights, path)
     values = evaluate(run, model, eval_batches)
     run.open_log()

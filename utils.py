@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import copy
 import errno
+import itertools
 import json
 import math
 import os
@@ -37,7 +38,8 @@ from progress import EventFile, LiveLine
 LAYOUTS = {'auto': None, 'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}  # of --layout
 LOG_EVERY = 100  # steps between two log lines
 # What a run leaves that cannot go on, as its checkpoint is gone.
-LEFTOVER = re.compile(r'metrics\.jsonl|results\.\d+\.jsonl|(candidate|rank)-[0-9a-f]{8}\.pt')
+LEFTOVER = re.compile(r'metrics\.jsonl|(candidate|rank)-[0-9a-f]{8}\.pt')
+RESULTS = re.compile(r'results\.\d+\.jsonl')  # of trainings, perhaps weeks of them
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -95,8 +97,9 @@ class Run:
             warn_of_busy_cores()
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.devices = [self.device]  # those that networks are trained on
+        self.failed: dict[tuple[str, str], str] = {}  # (kind, architecture) of trainings that failed in this program -> why
         self.prefix, self.early = '', ''
-        self.store = None  # where several processes meet
+        self.store, self.meetings = None, 0  # where several processes meet, and how often they did
         if self.world > 1:
             if missing := [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
                 raise UserError(f'WORLD_SIZE={self.world} is set, but {missing[0]} is not; start several processes by '
@@ -153,20 +156,32 @@ class Run:
         if self.world == 1:
             return function()
         result = [None, None]
-        if self.is_first:
-            try:
-                result[0] = function()
-            except UserError as error:
-                result[1] = str(error)
+        with self.meeting():
+            if self.is_first:
+                try:
+                    result[0] = function()
+                except UserError as error:
+                    result[1] = str(error)
         dist.broadcast_object_list(result, device=self.device if self.device.type == 'cuda' else None)
         if result[1] is not None:
             raise UserError(result[1])
         return result[0]
 
+    def meeting(self) -> contextlib.AbstractContextManager:
+        """A context at whose end all processes wait for all, however long one of them downloads or reads in it."""
+        self.meetings += 1
+        return (work_queue.together(self.store, self.rank, self.world, f'meeting {self.meetings}') if self.world > 1
+                else contextlib.nullcontext())
+
     def first_alone(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns, called by the first process alone (it may download) and then by the others."""
+        """What `function` returns, called by the first process alone (it may download), then by the first of each other
+        machine, then by the others.
+        """
         mine = []
         self.together(lambda: mine.append(function()))
+        with self.meeting():
+            if not mine and os.environ.get('LOCAL_RANK', '0') == '0':
+                mine.append(function())
         return mine[0] if mine else function()
 
     def alone(self) -> 'Run':
@@ -198,17 +213,26 @@ class Run:
     def open_output(self, anew: bool) -> None:
         """Create the output directory, on every machine; raises UserError if nothing can be written there.
 
-        anew: there is no checkpoint to go on from, so drop what an earlier run left: its metrics, results and candidates.
+        anew: there is no checkpoint to go on from, so drop what an earlier run left, its metrics and candidates, and put its
+        results aside.
         """
         def create() -> None:
             try:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 if self.is_first:
                     atexit.register(Lock(self.output_dir).release)
+                    if anew and (self.output_dir / 'checkpoint.pt').exists():
+                        raise UserError(f'--output_dir={self.output_dir}: another run has just written a checkpoint there; the '
+                                        'same command goes on from it')
                 self.open_log()
-                for path in self.output_dir.iterdir():
-                    if anew and LEFTOVER.fullmatch(path.name):
+                for path in sorted(self.output_dir.iterdir()) if anew else ():
+                    if LEFTOVER.fullmatch(path.name):
                         path.unlink(missing_ok=True)
+                    elif RESULTS.fullmatch(path.name):
+                        aside = next(other for number in itertools.count(1)
+                                     if not (other := path.with_name(f'{path.name}.old{number}')).exists())
+                        path.rename(aside)
+                        self.log(f'the results of an earlier search are in {aside} now; --child_results reads such a file')
             except OSError as error:
                 what = 'make room and run the same command again' if error.errno == errno.ENOSPC else (
                     'name a directory that you may write to')
@@ -267,12 +291,16 @@ class Run:
     def restore_generators(self, state: dict[str, Any], where: str) -> None:
         """Set all generators as they were when a checkpoint was written, at `where`; see `resume`."""
         random = state.get('random', [])
+        if random and len(random) < self.world:
+            self.log(f'the checkpoint is of {len(random)} processes: the random numbers of the others begin anew')
         for name, generator in self.generators.items():
             rank = 0 if name in ('data', 'search') else self.rank
             try:
                 generator.set_state(random[rank][name])
             except (IndexError, KeyError):
                 self.reseed_one(name, rank, where)
+                if name.startswith('device '):
+                    self.log(f'the checkpoint has no random numbers of GPU {name.split()[1]}: they begin anew')
             except (RuntimeError, TypeError):
                 self.reseed_one(name, rank, where)
                 self.log(f'the random numbers "{name}" of the checkpoint are of another kind of device: they begin anew, from '
@@ -318,7 +346,8 @@ class Run:
 
     def use_all_gpus(self) -> None:
         """Have `parallel` train on all GPUs that are visible, unless a flag or torchrun gives this process one."""
-        count = torch.cuda.device_count() if self.device.type == 'cuda' and self.world == 1 and not self.args.device else 1
+        alone = self.device.type == 'cuda' and 'LOCAL_RANK' not in os.environ and not self.args.device
+        count = torch.cuda.device_count() if alone else 1
         if count > 1 and self.args.compile:
             self.log(f'--compile uses one of {count} GPUs in a process; torchrun starts a process for each')
             return

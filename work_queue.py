@@ -1,25 +1,37 @@
-"""A queue that processes share: each takes the next task that nobody has, and who waits knows who is still alive."""
+"""What processes do together, however long it takes: work after which all wait for all, a queue of tasks."""
 
 import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from flags import Stopped
 
+LONGEST = timedelta(days=2)  # that a process waits for the first of its machine to read
 LIFE_EVERY = 10  # seconds between two signs of life of a process that shares a queue with others
 LIFE_LIMIT = 600  # seconds without one after which it is given up, as collective operations do
 
 
-def share(store: dist.Store, rank: int, world: int, name: str, count: int) -> Iterator[int]:
-    """Yield the next of 0..count-1 that no process has taken, until there is none and all of `world` have finished."""
+@contextlib.contextmanager
+def together(store: dist.Store, rank: int, world: int, name: str) -> Iterator[None]:
+    """After the body wait until all processes have done theirs, which may take hours: a collective operation would give up.
+
+    Raises flags.Stopped when one shows no life any more.
+    """
     with signs_of_life(store, rank, name):
-        while (index := store.add(f'{name} taken', 1) - 1) < count:
-            yield index
+        yield
         store.add(f'{name} finished', 1)
         wait_for_all(store, world, name)
+
+
+def share(store: dist.Store, rank: int, world: int, name: str, count: int) -> Iterator[int]:
+    """Yield the next of 0..count-1 that no process has taken, until there is none and all of `world` have finished."""
+    with together(store, rank, world, name):
+        while (index := store.add(f'{name} taken', 1) - 1) < count:
+            yield index
 
 
 @contextlib.contextmanager
@@ -41,7 +53,7 @@ def signs_of_life(store: dist.Store, rank: int, name: str) -> Iterator[None]:
 
 
 def wait_for_all(store: dist.Store, world: int, name: str) -> None:
-    """Wait until all processes have finished a queue, which may take hours: a collective operation would time out.
+    """Wait until all processes have finished what has this name.
 
     Raises flags.Stopped when one shows no life any more: its machine vanished, or it hangs.
     """

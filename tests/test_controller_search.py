@@ -178,6 +178,8 @@ def test_a_choice_goes_from_what_members_expect_most_of_to_what_they_disagree_ab
     uncertain = torch.tensor([[0.8, 0.9, 0.70], [0.8, 0.05, 0.75]])
     assert choose(uncertain, 2, 0) == [0, 2]
     assert choose(uncertain, 2, 2) == [0, 1]
+    sure = torch.tensor([[1., 1., .3, 0.], [.99, 1., .1, .4]])  # as a sigmoid rounds them
+    assert choose(sure, 4, 2)[:2] == [1, 0] and sorted(choose(sure, 4, 2)) == [0, 1, 2, 3]
 
 
 def test_a_predictor_fitted_anew_learns_the_order_and_leaves_the_rest():

@@ -48,16 +48,17 @@ def visible(monkeypatch):
 
 # ----------------------------------------------------------------------------------------------- several GPUs, one process
 
-@pytest.mark.parametrize('gpus, flags, world, wanted', [
-    (4, {}, 1, 4), (1, {}, 1, 1), (4, {'device': 'cuda:1'}, 1, 1), (4, {'compile': True}, 1, 1), (4, {}, 2, 1)])
-def test_found_architectures_train_on_all_visible_gpus(gpus, flags, world, wanted, visible, monkeypatch, capsys):
+@pytest.mark.parametrize('gpus, flags, by_torchrun, wanted', [
+    (4, {}, False, 4), (1, {}, False, 1), (4, {'device': 'cuda:1'}, False, 1), (4, {'compile': True}, False, 1),
+    (4, {}, True, 1)])  # torchrun may start a single process too
+def test_found_architectures_train_on_all_visible_gpus(gpus, flags, by_torchrun, wanted, visible, monkeypatch, capsys):
     monkeypatch.setattr(utils, 'choose_device', lambda name: torch.device('cpu'))
     run, model, wrapped = visible(gpus, **flags), nn.Linear(2, 2), []
     monkeypatch.setattr(parallel, 'EvenDataParallel', lambda model, autocast, devices: wrapped.append(devices) or model)
     assert run.parallel(model) is model and not wrapped  # as in a search
-    run.world = world
+    if by_torchrun:
+        monkeypatch.setenv('LOCAL_RANK', '0')
     run.use_all_gpus()
-    run.world = 1
     assert run.parallel(model) is model
     assert wrapped == [[torch.device('cuda', index) for index in range(gpus)]] * (wanted > 1)
     assert len(run.devices) == wanted

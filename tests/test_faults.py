@@ -321,6 +321,22 @@ def test_what_cannot_be_encoded_is_escaped_in_the_log(tmp_path, monkeypatch):
     assert (tmp_path / 'train.log').read_text(encoding='utf-8') == 'early λ \\udcff\nlate λ \\udcff\n'
 
 
+def test_a_log_that_cannot_be_written_hides_no_message():
+    """On a full disk the line that says so has to reach the terminal."""
+    terminal, full = io.StringIO(), open('/dev/full', 'wb', buffering=0)  # noqa: SIM115 - nothing to close
+    print('the disk is full', file=disk.LoggedStream(terminal, full))
+    assert terminal.getvalue() == 'the disk is full\n'
+
+
+def test_a_run_that_has_just_begun_there_is_not_begun_anew(tmp_path):
+    """Another run wrote its first checkpoint and ended after this one had looked for it."""
+    torch.save({}, tmp_path / 'checkpoint.pt')
+    (tmp_path / 'metrics.jsonl').write_text('of the other\n')
+    with pytest.raises(UserError, match='another run has just written a checkpoint there'):
+        make_run(output_dir=tmp_path).open_output(anew=True)
+    assert (tmp_path / 'metrics.jsonl').read_text() == 'of the other\n'
+
+
 def test_a_search_finishes_where_the_terminal_knows_no_greek(few, tmp_path):
     plain = few + "import sys\nsys.stdout.reconfigure(encoding='ascii', errors='strict')\n"
     result = run(*SEARCH, '--child_epochs=2', '--child_eval_epochs=1', f'--output_dir={tmp_path}', preamble=plain)
@@ -573,6 +589,11 @@ def test_folders_of_small_images_train_and_are_tested_from_the_checkpoint_alone(
     state = load(tmp_path / 'out' / 'checkpoint_best.pt')
     assert f'top-1 error {100 - state["best_acc_top1"]:.2f} %' in test.out
     (tmp_path / 'gone').rename(tmp_path / 'data' / 'train')
+    held = [*command, '--image_size=16', '--batch_size=8', '--holdout=4', '--epochs=1', f'--output_dir={tmp_path / "held"}']
+    assert run(*held).status == 0
+    write_images(tmp_path / 'data' / 'train' / 'cat', {'more': 1}, size=20)
+    other = run(*held, '--epochs=2')
+    assert other.status == 2 and 'was trained on other images: their number or classes differ' in other.err.splitlines()[-1]
     small = run(*command, '--image_size=16', '--use_aux_head', f'--output_dir={tmp_path / "aux"}')
     assert small.status == 2 and '16×16 pixels are too small for the auxiliary head' in small.err.splitlines()[-1]
     assert not (tmp_path / 'aux').exists()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import make_run
 
 import flags
@@ -57,6 +58,22 @@ def test_a_program_that_fails_says_why_in_one_line(error, status, words, monkeyp
     assert ended.value.code == status
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith(words)
+
+
+@pytest.mark.parametrize('error, words', [
+    (RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly'), 'a process that reads images was killed'),
+    (RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ...\nValueError: a bug'), None),
+    (RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to write to file </torch_7_8>: No '
+                  'space left on device (28)'), '--shm-size'),
+    (dist.DistBackendError('NCCL error in: x.cpp:7, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0'),
+     'cannot work together: Duplicate GPU detected'),
+    (dist.DistBackendError('NCCL error\nncclRemoteError: a remote process exiting prematurely'), 'another process has ended'),
+    (RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7'), 'another process has ended'),
+    (dist.DistNetworkError('failed to recv, got 0 bytes'), 'another process has ended')])
+def test_an_error_of_pytorch_is_told_by_its_cause(error, words, monkeypatch):
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    line = flags.known_end(error)
+    assert line is None if words is None else words in line
 
 
 @pytest.mark.parametrize('name', ['cuda:99', 'nonsense', 'meta', '', 'xla', 'hpu', 'cpu:x'])

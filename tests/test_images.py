@@ -296,6 +296,24 @@ def test_a_zip_of_one_class_has_one_class(tmp_path):
         assert [name for _, name in find_images(tmp_path, ['train'], True)[1]] == ['cats', 'cats']
 
 
+@pytest.mark.parametrize('zipped', [False, True])
+def test_what_is_left_out_is_named(zipped, tmp_path, capsys):
+    """A class of photographs in a format that is not read must not vanish without a word."""
+    write_images(tmp_path / 'train', {'cat': 2, 'dog': 1})
+    (tmp_path / 'train' / 'heron').mkdir()
+    for name in ('heron/1.heic', 'heron/2.heic', 'preview.png', 'classes.txt'):
+        (tmp_path / 'train' / name).touch()
+    zip_images(tmp_path / 'train', tmp_path / 'train.zip', 'train')
+    for show in (True, False):
+        place, images = find_images(tmp_path, ['train'], zipped, show)
+        assert {name for _, name in images} == {'cat', 'dog'}
+        leading = 'train/' if zipped else ''
+        assert capsys.readouterr().err.splitlines() == [
+            f'warning: {place}: {3 if zipped else 2} files in a format that is not read, such as '
+            f'{leading}{"classes.txt" if zipped else "heron/1.heic"}; left out',
+            f'warning: {place}: 1 file in no class folder, such as {leading}preview.png; left out'] * show
+
+
 def test_links_that_lead_back_up_are_not_followed_and_others_are(tmp_path):
     write_images(tmp_path / 'train', {'a': 2})
     write_images(tmp_path / 'elsewhere', {'b': 1})

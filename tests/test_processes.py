@@ -164,6 +164,45 @@ def test_when_a_process_dies_the_run_ends_and_the_same_command_ends_bit_identica
     assert len(errors) == 2 and errors[0] == errors[1]
 
 
+def test_what_held_out_images_chose_is_tested_by_all_processes_alike(few, tmp_path):
+    """Also while the first process still writes it: the last epoch is the best one here."""
+    late = few + """
+import time, checkpoint
+save = checkpoint.save
+def slow(*args):
+    time.sleep(1)
+    save(*args)
+checkpoint.save = slow
+"""
+    command = [2, 'train_cifar.py', *CIFAR, '--epochs=1', '--holdout=20', f'--output_dir={tmp_path / "out"}']
+    result = torchrun(*command, preamble=late).wait()
+    assert result.status == 0, result
+    test = run('train_cifar.py', '--mode=test', '--device=cpu', f'--output_dir={tmp_path / "out"}', preamble=few)
+    looked, again = (re.search(r'loss \S+ top-1 error \S+ %', text[text.index(words):]).group()
+                     for text, words in ((result.out, 'looked at once'), (test.out, 'checkpoint_best.pt: ')))
+    assert looked == again
+
+
+def test_on_each_machine_one_process_downloads_before_the_others(few, tmp_path):
+    """Three processes, the last two on another machine."""
+    recording = few + f"""
+import os, time, datasets
+os.environ['LOCAL_RANK'] = {{'0': '0', '1': '0', '2': '1'}}[os.environ['RANK']]
+load = datasets.load
+def slow(*args, **kwargs):
+    with open({str(tmp_path / 'calls')!r}, 'a', buffering=1) as file:
+        file.write(f'begin {{os.environ["RANK"]}}\\n')
+        time.sleep(.1)
+        file.write(f'end {{os.environ["RANK"]}}\\n')
+    return load(*args, **kwargs)
+datasets.load = slow
+"""
+    result = torchrun(3, 'train_cifar.py', *CIFAR, '--epochs=1', f'--output_dir={tmp_path / "out"}', preamble=recording).wait()
+    assert result.status == 0, result
+    calls = (tmp_path / 'calls').read_text().splitlines()
+    assert calls.index('end 0') < calls.index('begin 1') < calls.index('end 1') < calls.index('begin 2')
+
+
 def test_a_process_killed_from_outside_ends_the_run(few, tmp_path):
     program = torchrun(2, 'train_cifar.py', *CIFAR, '--epochs=100000', f'--output_dir={tmp_path / "out"}', preamble=few)
     program.wait_for('epoch 2/')

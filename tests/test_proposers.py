@@ -8,12 +8,14 @@ from helpers import architectures, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 
+import architecture
 import controller
+import costs
 from architecture import Vocabulary, mutate, parse, sample
 from controller import NAO, Settings, random_sequences
 from costs import Budget, Size, counter
 from model import NASNetworkCIFAR
-from proposers import POPULATION, PROPOSERS, Known, fit
+from proposers import PATIENCE, POPULATION, PROPOSERS, Known, fit
 
 BUDGET = Budget({}, '', counter(Size(NASNetworkCIFAR, 1, 4, 10, 8)))  # without limits
 
@@ -87,6 +89,17 @@ def test_a_mutation_changes_one_integer(arch, seed):
     child = mutate(arch, range(16), torch.Generator().manual_seed(seed))
     pairs = zip(arch.normal + arch.reduction, child.normal + child.reduction, strict=True)
     assert sum(one != other for one, other in pairs) == 1 and parse(str(child)) == child
+
+
+def test_a_random_architecture_joins_after_many_failures_and_evolution_goes_on(monkeypatch):
+    given_to = known(20, 3, range(5), 0, torch.Generator().manual_seed(0))
+    others, drawn = iter(sample(40, 3, range(5), torch.Generator().manual_seed(7))), []
+    failures = iter([given_to.pool[0]] * (PATIENCE + 1))  # one more than a random one joins after
+    monkeypatch.setattr(architecture, 'mutate', lambda *_: next(failures, None) or next(others))
+    draw = costs.sample
+    monkeypatch.setattr(costs, 'sample', lambda *args: drawn.append(None) or draw(*args))
+    children, _ = PROPOSERS['evolution'](given_to, 10)
+    assert len(children) == 10 and len(drawn) == 1
 
 
 def test_children_come_from_the_newest():

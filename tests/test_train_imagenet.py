@@ -197,6 +197,17 @@ def test_mode_test_prints_the_errors_of_the_best_checkpoint(trained, data):
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
 
 
+def test_a_checkpoint_is_tested_on_its_own_classes_and_needs_no_training_images(trained, data, tmp_path):
+    folder, _ = trained
+    command = [PROGRAM, '--mode=test', '--device=cpu', '--workers=0', f'--output_dir={folder}', f'--data={tmp_path}']
+    (tmp_path / 'valid').symlink_to(data / 'valid')
+    best = load(folder / 'checkpoint_best.pt')
+    assert errors(run(*command))[0] == pytest.approx(100 - best['best_acc_top1'], abs=0.006)
+    (tmp_path / 'valid').unlink()
+    write_images(tmp_path / 'valid', {f'm{number}': 2 for number in range(len(best['classes']))})
+    assert_user_error(run(*command), 'the class m0 is not among those of the training images')
+
+
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 def test_a_published_checkpoint_is_tested_on_its_number_of_classes_only(prefix, trained, data, tmp_path):
     """As published: arguments in a Namespace, an auxiliary head, names that may start with module., 1000 classes."""

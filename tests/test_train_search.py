@@ -1,6 +1,7 @@
 """train_search.py in processes of its own: what a search writes, how it goes on after kills, every kind of bad input."""
 
 import re
+import shutil
 import signal
 
 import pytest
@@ -420,6 +421,49 @@ def test_a_finished_search_goes_on_when_more_is_asked_for(few, tmp_path):
     assert {'arch_pool.1', 'arch_pool.2'} <= set(files(tmp_path))
 
 
+def test_what_is_asked_for_while_the_best_are_ranked_is_done_too(few, tmp_path):
+    command = [PROGRAM, *FLAGS, '--child_rank_count=1', f'--output_dir={tmp_path}']
+    assert run(*command, '--child_epochs=1', preamble=few + kill_at('a candidate', 1)).status == -signal.SIGKILL
+    result = run(*command, '--child_epochs=2', preamble=few)
+    assert result.status == 0 and 'next: fit' in result.out and 'epoch 2: scored' in result.out, result
+    assert len(lines(tmp_path, 'arch_pool.final')) == 1
+
+
+def test_a_search_that_ended_early_proposes_nothing_that_it_would_not_train(few, tmp_path):
+    """It had done two epochs of three, was ended by a flag, and is asked for two."""
+    command = [PROGRAM, *FLAGS, '--child_rank_count=0', f'--output_dir={tmp_path}']
+    assert run(*command, '--child_epochs=3', preamble=few + kill_at('an epoch', 3)).status == -signal.SIGKILL
+    assert run(*command, '--child_epochs=1', preamble=few).status == 0
+    pool = lines(tmp_path, 'arch_pool')
+    result = run(*command, '--child_epochs=2', preamble=few)
+    assert result.status == 0 and 'next: done' in result.out and lines(tmp_path, 'arch_pool') == pool, result
+
+
+def test_weights_that_the_last_step_of_an_epoch_broke_are_not_kept(few, tmp_path):
+    command = [PROGRAM, *FLAGS, '--child_batch_size=90', '--child_rank_count=0', f'--output_dir={tmp_path}']  # a step an epoch
+    result = run(*command, '--child_lr_max=1e30', '--child_grad_bound=1e30', preamble=few)
+    assert result.status == 1 and 'the weights are no longer finite after epoch 1/' in result.err, result
+    result = run(*command, preamble=few)
+    assert result.status == 0 and 'resumed after epoch 0' in result.out, result
+
+
+def test_a_pool_in_the_output_directory_is_not_overwritten_unread(few, tmp_path):
+    pools = [[str(arch) for arch in sample(4, 2, SMALL, torch.Generator().manual_seed(seed))] for seed in (0, 1)]
+    for name, pool in zip(('mine', 'out/arch_pool'), pools, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('\n'.join(pool) + '\n')
+    result = run(PROGRAM, *FLAGS, '--child_arch_pool=mine', '--output_dir=out', cwd=tmp_path, preamble=few)
+    assert_user_error(result, '--child_arch_pool=mine', 'out/arch_pool is another pool')
+    assert lines(tmp_path / 'out', 'arch_pool') == pools[1] and files(tmp_path / 'out') == ['arch_pool']
+
+
+def test_a_note_in_a_result_is_named(searched, few, tmp_path):
+    shutil.copytree(searched[0], tmp_path / 'out')
+    with open(tmp_path / 'out' / 'arch_pool.final', 'a') as file:
+        file.write('the second one is better\n')
+    assert_user_error(run(PROGRAM, *FLAGS, '--output_dir=out', cwd=tmp_path, preamble=few), 'arch_pool.final, line ')
+
+
 def test_a_search_goes_on_without_the_pool_file_and_with_larger_batches(few, tmp_path):
     pool = tmp_path / 'pool'
     pool.write_text(''.join(f'{arch}\n' for arch in sample(20, 2, SMALL, torch.Generator().manual_seed(0))))
@@ -459,7 +503,7 @@ def test_bad_input_ends_in_one_line_and_creates_nothing(flags, words, few, tmp_p
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--child_channels=3'], ['another architecture']),
+    (['--child_channels=3'], ['is of a run with --child_channels=2, not --child_channels=3']),
     (['--child_nodes=3'], ['another architecture']),
     (['--controller_mlp_hidden_size=21'], ['another architecture']),
     (['--seed=2'], ['is of a run with --seed=1, not --seed=2']),
@@ -489,7 +533,7 @@ def test_a_cut_off_checkpoint_is_refused_and_kept(searched, few, tmp_path):
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--child_lr_max=1e30', ['loss is', 'epoch', 'the last checkpoint is kept']),
+    ('--child_lr_max=1e30', ['after epoch 1/2', 'the last checkpoint is kept']),
     ('--controller_lr=1e30', ['loss of the controller is', 'the last checkpoint is kept', '--controller_lr'])])
 def test_a_loss_that_is_not_finite_stops_a_search(flag, words, few, tmp_path):
     result = run(PROGRAM, *FLAGS, flag, f'--output_dir={tmp_path}', preamble=few)

@@ -259,9 +259,29 @@ def test_what_an_earlier_search_left_is_not_taken_for_results(searched, few, tmp
     assert run(*command, '--seed=2', '--child_channels=3', preamble=few + kill_at('an epoch', 6)).status == -9
     assert any(name.startswith('candidate-') for name in files(tmp_path)) and lines(tmp_path, 'results.0.jsonl')
     (tmp_path / 'checkpoint.pt').unlink()
-    assert run(*command, preamble=few).status == 0
+    old = (tmp_path / 'results.0.jsonl').read_bytes()
+    assert_user_error(run(*command, f'--child_results={tmp_path / "results.0.jsonl"}', preamble=few),
+                      '--child_results', 'is of --output_dir itself')
+    result = run(*command, preamble=few)
+    assert result.status == 0 and f'are in {tmp_path / "results.0.jsonl.old1"} now' in result.out
     assert_same_search(searched[0], tmp_path)
-    assert files(tmp_path) == files(searched[0])
+    assert (tmp_path / 'results.0.jsonl.old1').read_bytes() == old  # weeks of trainings, perhaps
+    assert files(tmp_path) == sorted([*files(searched[0]), 'results.0.jsonl.old1'])
+
+
+def test_what_changes_all_results_is_refused(searched, few):
+    folder, _ = searched
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    for flag, was in (('--child_channels=5', '--child_channels=4'), ('--child_layers=2', '--child_layers=1')):
+        assert_user_error(run(PROGRAM, *FLAGS, f'--output_dir={folder}', flag, preamble=few), f'with {was}, not {flag}')
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+
+def test_a_resumed_candidate_leaves_the_metrics_of_the_search_as_they_are(few, tmp_path):
+    command = [PROGRAM, *FLAGS, '--rounds=0', '--child_rank_count=0', f'--output_dir={tmp_path}']
+    assert run(*command, preamble=few + kill_at('an epoch', 2)).status == -signal.SIGKILL
+    assert run(*command, preamble=few).status == 0
+    assert [line['kind'] for line in metrics(tmp_path, starts=True)] == ['start', 'start', 'score']
 
 
 @pytest.mark.parametrize('content, wanted', [
@@ -306,13 +326,23 @@ def test_candidates_that_fail_are_logged_count_nothing_and_do_not_stop_the_searc
     result = run(PROGRAM, *FLAGS, '--rounds=1', f'--output_dir={tmp_path}', preamble=few + FAILING)
     assert result.status == 0, result
     assert 'candidate 2/12 failed and counts 0: CUDA out of memory. Tried to allocate 2.00 GiB\n' in result.out
-    assert re.search(r'candidate 3/12 failed and counts 0: the (valid )?loss is (nan|inf)', result.out)
+    assert re.search(r'candidate 3/12 failed and counts 0: the (weights are no longer finite|loss is (nan|inf))', result.out)
     assert "candidate 4/12 failed and counts 0: [enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't" in result.out
     failed = [line for line in results(tmp_path).values() if 'error' in line]
     assert [line['accuracy'] for line in failed] == [0.0, 0.0, 0.0]
     scores = dict(zip(lines(tmp_path, 'arch_pool.0'), lines(tmp_path, 'arch_pool.perf.0'), strict=True))
     assert [scores[line['arch']] for line in failed] == ['0.0', '0.0', '0.0']
     assert not [name for name in files(tmp_path) if name.endswith('.pt') and name != 'checkpoint.pt']
+
+
+def test_where_all_candidates_fail_the_search_stops_and_the_same_command_with_a_smaller_rate_goes_on(few, tmp_path):
+    command = [PROGRAM, *FLAGS, '--controller_seed_arch=3', '--rounds=0', f'--output_dir={tmp_path}']
+    result = run(*command, '--child_lr_max=1e30', '--child_grad_bound=1e30', preamble=few)
+    assert result.status == 1 and 'stopped: all 3 trainings failed, the last one so: the ' in result.err, result
+    result = run(*command, preamble=few)
+    assert result.status == 0 and 'finished' in result.out, result
+    assert 'failed' not in result.out
+    assert ['error' in json.loads(line) for line in lines(tmp_path, 'results.0.jsonl')] == [True] * 3 + [False] * 3
 
 
 def test_a_gpu_that_fails_ends_the_search_and_no_candidate_counts_nothing_for_it(few, tmp_path):
@@ -347,7 +377,8 @@ def test_a_candidate_that_a_pool_file_has_twice_is_trained_once(few, tmp_path):
     result = run(PROGRAM, *FLAGS, '--rounds=1', '--child_rank_count=1', '--child_epochs=1', '--child_arch_pool=../pool',
                  '--output_dir=.', cwd=(tmp_path / 'out').mkdir() or tmp_path / 'out', preamble=few)
     assert result.status == 0, result
-    assert len(lines(tmp_path / 'out', 'arch_pool.0')) == 3
+    assert 'pool: 1 of its 3 lines repeat others and are left out' in result.out
+    assert len(lines(tmp_path / 'out', 'arch_pool.0')) == 2
     results(tmp_path / 'out')
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Makes the study of docs/study.md again, on real images.
 #   bash tools/study.sh DIR [JOB...]   DIR: train.zip and valid.zip, CIFAR-10 in class folders. Without a JOB all of them, in
-#                                      JOBS (2) processes of one thread; it goes on where it was stopped
+#                                      JOBS (2, at most 6) processes of one thread; it goes on where it was stopped
 # A job is one of the lines of `everything`, such as "searches 0 controller random". Runs go to OUT (exp/study), what is small
-# and finished to docs/study, and is not made again where it is there.
+# and finished to KEPT (docs/study), and is not made again where it is there: KEPT=DIR makes everything anew.
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 data=${1:?DIR is missing: the directory of train.zip and valid.zip}
@@ -11,17 +11,17 @@ shift
 data=$(realpath "$data")
 [ -e "$data/train.zip" ] || { echo "error: $data/train.zip is not there" >&2; exit 2; }
 OUT=${OUT:-exp/study}
-KEPT=docs/study
+KEPT=${KEPT:-docs/study}
 cd "$root"
-export OMP_NUM_THREADS=1 OUT
+export OMP_NUM_THREADS=1 OUT KEPT
 
 images=(--dataset=folder --zip_file --data="$data" --image_size=16 --device=cpu --train_images=5000)
 child=("${images[@]}" --valid_images=5000 --search_space=small --child_layers=1 --child_channels=8 --child_nodes=5
   --child_batch_size=64 --child_drop_path_keep_prob=1.0 --child_l2_reg=3e-4 --child_lr_max=0.1 --child_lr_min=0.001)
 alone=(--method=NAO "${child[@]}" --no-child_use_aux_head --child_epochs=4 --child_lr_epochs=4 --child_eval_batch_size=500)
 supernet=(--method=NAO-WS "${child[@]}" --child_epochs=60 --child_eval_batch_size=5000 --child_rank_count=0)
-final=(--layers=1 --channels=8 --nodes=5 --batch_size=64 --drop_path_keep_prob=1.0 --l2_reg=3e-4
-  --lr_max=0.1 --lr_min=0.001 --epochs=16 --cutout_size=0 --holdout=1000)
+final=(--layers=1 --channels=8 --nodes=5 --batch_size=64 --keep_prob=1.0 --drop_path_keep_prob=1.0 --l2_reg=3e-4
+  --lr_max=0.1 --lr_min=0.001 --epochs=16 --cutout_size=0 --train_images=4000 --holdout=1000)
 
 # keep NAME FILE...: put small files of the run $OUT/NAME into $KEPT/NAME, without this machine's directories.
 keep() {
