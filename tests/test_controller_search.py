@@ -378,6 +378,34 @@ def test_a_benchmark_goes_on_where_it_was_interrupted(tmp_path):
     assert [text.stdout.rsplit(None, 1)[0] for text in (again, alone)] == [alone.stdout.rsplit(None, 1)[0]] * 2
 
 
+@pytest.mark.parametrize('text', ['a note\nwithout an end', 'a note', '{"what": "paper"}\n', '[1]\n', '1\n2'])
+def test_a_file_of_something_else_is_not_added_to(text, tmp_path):
+    table, kept = write_token_table(tmp_path / 'table.csv'), tmp_path / 'notes'
+    kept.write_text(text)
+    done = benchmark('--table', table, '--method', 'random', '--keep', kept)
+    assert done.returncode == 2 and 'notes: is not a file of these results' in done.stderr, done
+    assert kept.read_text() == text
+
+
+def test_what_was_measured_with_other_settings_is_measured_again(tmp_path):
+    table, kept = write_token_table(tmp_path / 'table.csv'), tmp_path / 'kept.jsonl'
+    options = ('--table', table, '--method', 'random', '--queries', 50, '--seeds', 1, '--keep', kept)
+    assert benchmark(*options).returncode == 0
+    line = json.loads(kept.read_text())
+    kept.write_text(json.dumps(line | {'settings': line['settings'] + 1}) + '\n')
+    assert benchmark(*options).returncode == 0
+    assert json.loads(kept.read_text().splitlines()[1])['settings'] == line['settings']
+
+
+@pytest.mark.parametrize('flag', ['--round=0', '--seeds=0', '--only=('])
+def test_flags_that_an_ablation_cannot_use(flag, tmp_path, monkeypatch, capsys):
+    table = write_token_table(tmp_path / 'table.csv')
+    monkeypatch.setattr(sys, 'argv', ['ablation.py', f'--table={table}', f'--output={tmp_path / "out"}', flag])
+    with pytest.raises(SystemExit) as end:
+        ablation.main()
+    assert end.value.code == 2 and flag in capsys.readouterr().err
+
+
 def test_an_ablation_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
     table, output, measured = write_token_table(tmp_path / 'table.csv'), tmp_path / 'out.jsonl', []
 

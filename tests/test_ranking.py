@@ -33,11 +33,21 @@ def test_kendall_counts_pairs(points):
             first += a != c
             second += b != d
     tau = ranking.kendall(*np.array(points, float).T)
-    assert tau == pytest.approx((agree - disagree) / (first * second) ** 0.5) if first and second else np.isnan(tau)
+    assert tau == pytest.approx((agree - disagree) / (first * second) ** 0.5) if first and second else tau == 0
 
 
 def test_regret_is_what_the_five_best_by_score_lack():
     assert ranking.regret(np.array([9., 8, 7, 6, 5, 4]), np.array([1., 2, 3, 4, 5, 7])) == 2
+
+
+def test_a_score_that_says_nothing_gets_no_help_from_the_order_of_the_files(tmp_path):
+    """The pools of trainings stand best first."""
+    bad, *good = sorted(ARCHS, reverse=True)  # the best one is last among equals
+    alone = scored(tmp_path / 'a', [0.9, *(i / 100 for i in range(7))], [bad, *good])
+    same = scored(tmp_path / 'same', [0.5] * 8, [bad, *good])
+    output('tools/ranking.py', '--alone', alone, '--scores', same, '--json', tmp_path / 'out')
+    found = json.loads((tmp_path / 'out').read_text())[str(same)]
+    assert found['tau'] == 0 and found['regret'] > 80
 
 
 def test_scores_beside_trainings(tmp_path):

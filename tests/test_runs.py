@@ -165,6 +165,8 @@ def test_a_group_of_searches(tmp_path):
         search(tmp_path / f'seed{seed}', [0.5, 0.4], ranked=[0.8, 0.7 + 0.2 * seed])
     row, = rows(tmp_path)
     assert row[4] == '15.00 ± 7.07 % valid' and row[7] == '1/3 rounds'
+    search(tmp_path / 'seed2', [0.5, 0.4])  # scored, not ranked yet: its error is another thing
+    assert rows(tmp_path)[0][4] == '-'
 
 
 def test_before_the_first_checkpoint_the_record_of_the_start_serves(tmp_path):

@@ -3,8 +3,9 @@
     python tools/ablation.py --table cifar10.csv --table other.csv --seeds 5 --output ablation.jsonl
 
 Measures `paper`, `paper` with each single change of `best`, `best`, and `best` without each change. Every search adds a line
-to the output, {"what", "table", "seed", "round", "regret", "seconds"}, and is not made again where that file has it; a table in
-Markdown of the mean regrets after 150 / 200 queries, with their standard errors after 200, is printed at the end.
+to the output, {"what", "settings", "table", "seed", "round", "regret", "seconds"}, and is not made again where that file has
+it; a table in Markdown of the mean regrets after 150 / 200 queries, with their standard errors after 200, is printed at the
+end.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from statistics import fmean, stdev
 
 import torch
 from benchmark_search import CHECKPOINTS, nao, run
-from search_tables import Table, UserError, add_result, read_results, read_table, regrets
+from search_tables import Table, UserError, add_result, fingerprint, read_results, read_table, regrets
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -89,18 +90,26 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.queries < 200:
         parser.error(f'--queries={arguments.queries}, but the regret is reported after 150 and 200')
+    for name in ('seeds', 'round'):
+        if getattr(arguments, name) < 1:
+            parser.error(f'--{name}={getattr(arguments, name)}, but at least 1 is needed')
+    try:
+        only = re.compile(arguments.only)
+    except re.error as error:
+        parser.error(f'--only={arguments.only} is no regular expression ({error})')
     torch.set_num_threads(1)
     tables = {Path(path).stem: read_table(path) for path in arguments.table}
-    results = read_results(arguments.output, ('what', 'table', 'seed', 'round'))
+    results = read_results(arguments.output, ('what', 'settings', 'table', 'seed', 'round'))
     for seed in range(arguments.seeds):
         for what, settings in variants().items():
             for name, table in tables.items():
-                key = {'what': what, 'table': name, 'seed': seed, 'round': arguments.round}
-                if tuple(key.values()) not in results and re.search(arguments.only, what):
+                key = {'what': what, 'settings': fingerprint(settings), 'table': name, 'seed': seed, 'round': arguments.round}
+                if tuple(key.values()) not in results and only.search(what):
                     line = key | measure(settings, table, seed, arguments.queries, arguments.round)
                     add_result(arguments.output, line)
                     results[tuple(key.values())] = line
-    show(list(results.values()), list(tables))
+    prints = {what: fingerprint(settings) for what, settings in variants().items()}
+    show([line for line in results.values() if line['settings'] == prints.get(line['what'])], list(tables))
 
 
 if __name__ == '__main__':

@@ -25,7 +25,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from search_tables import Sequence, Table, UserError, add_result, curve_of, read_results, read_table, regrets, steps_of
+from search_tables import (
+    Sequence,
+    Table,
+    UserError,
+    add_result,
+    curve_of,
+    fingerprint,
+    read_results,
+    read_table,
+    regrets,
+    steps_of,
+)
 
 from controller import NAO, PRESETS, TARGETS, Settings, fit_all, propose, rank
 
@@ -36,7 +47,7 @@ LENGTHS = (1, 2, 4, 8)  # what the Gaussian process chooses from
 NOISE = 0.05  # its variance; that of the targets is 1
 ROWS = 20_000  # random architectures that it ranks where a table has more
 LARGEST_BETA = 2
-KEY = ('table', 'method', 'seed', 'queries', 'initial', 'round')  # what makes a search the one that --keep has
+KEY = ('table', 'method', 'settings', 'seed', 'queries', 'initial', 'round')  # what makes a search the one that --keep has
 
 
 class Search(NamedTuple):
@@ -194,8 +205,9 @@ def measure(method: str, name: str, table: Table, arguments: argparse.Namespace)
     """Regrets (seeds, queries) of a method and its mean processor seconds a seed; what --keep has is not measured again."""
     kept = read_results(arguments.keep, KEY) if arguments.keep else {}
     curves, seconds = [], []
+    settings = fingerprint(PRESETS.get(method.removeprefix('nao_')))
     for seed in range(arguments.seeds):
-        key = (name, method, seed, arguments.queries, arguments.initial, arguments.round)
+        key = (name, method, settings, seed, arguments.queries, arguments.initial, arguments.round)
         if key not in kept:
             start = time.process_time()
             asked = run(METHODS[method], table, arguments.queries, arguments.initial, arguments.round, seed)
@@ -288,8 +300,8 @@ def main() -> None:
     torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for each other
     tables = {Path(path).stem: read_table(path) for path in arguments.table}
     for output in filter(None, (arguments.plot, arguments.json)):
-        if not Path(output).parent.is_dir():
-            raise UserError(f'{output}: cannot be written, its folder does not exist')
+        if not Path(output).parent.is_dir() or Path(output).is_dir():
+            raise UserError(f'{output}: cannot be written, it is a folder or in one that does not exist')
     if arguments.plot and importlib.util.find_spec('matplotlib') is None:
         raise UserError('--plot needs matplotlib: pip install -r requirements-tools.txt')
     reported = [count for count in CHECKPOINTS if count <= arguments.queries]

@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,8 @@ from runs import RunFiles
 from table import aligned
 
 import flags
-from disk import read_records
+from disk import read_lines, read_records
 
-RESULTS = {kind: {'arch': str, 'accuracy': runs.NUMBER, 'seconds': runs.NUMBER} for kind in ('candidate', 'rank')}
 RESAMPLES = 10_000  # of the bootstrap
 
 
@@ -62,30 +62,33 @@ def given(run: RunFiles) -> list[tuple[float, str, float]]:
     if not path:
         return []
     try:
-        records = read_records(Path(path), RESULTS)
+        records = read_records(Path(path), runs.RESULTS)
     except OSError as error:
         raise flags.UserError(f'{run.path}: its --child_results={path} cannot be read ({error.strerror})') from None
-    pool = run.checkpoint.get('pool')  # unknown where the checkpoint was not kept
+    file = run.path / 'arch_pool'  # a finished search's, where the checkpoint was not kept
+    pool = run.checkpoint.get('pool') or (read_lines(file) if file.exists() else None)
+    if pool is None:
+        raise flags.UserError(f'{run.path}: which results of --child_results={path} are its own is not known without '
+                              'checkpoint.pt or arch_pool; left out')
     return [(0.0, record['arch'], record['accuracy']) for record in records
-            if record['kind'] == 'candidate' and (pool is None or record['arch'] in pool)]
+            if record['kind'] == 'candidate' and record['arch'] in pool]
 
 
-def evaluations(run: RunFiles) -> tuple[list[float], float]:
-    """The accuracies of candidates that were trained on their own, in the order of their ends; and the seconds of all that.
+def evaluations(run: RunFiles) -> list[float]:
+    """The accuracies of candidates that were trained on their own, in the order of their ends.
 
     Each process writes its own file; the time that its trainings took so far says what came before what.
     """
-    ended, longest = given(run), 0.0
+    ended = given(run)
     for path in sorted(run.path.glob('results.*.jsonl')):
-        records = read_records(path, RESULTS)
+        records = read_records(path, runs.RESULTS)
         times = list(itertools.accumulate(record['seconds'] for record in records))
         ended += [(time, record['arch'], record['accuracy']) for time, record in zip(times, records, strict=True)
                   if record['kind'] == 'candidate']
-        longest = max(longest, *times, 0.0)
     first: dict[str, float] = {}
     for _, arch, accuracy in sorted(ended, key=lambda result: result[0]):
         first.setdefault(arch, accuracy)
-    return list(first.values()), longest
+    return list(first.values())
 
 
 def scores(run: RunFiles) -> list[tuple[int, float]]:
@@ -102,7 +105,7 @@ def scores(run: RunFiles) -> list[tuple[int, float]]:
 
 def member(run: RunFiles) -> Member:
     """What a run has reached; raises UserError while that is nothing."""
-    accuracies, seconds = evaluations(run)
+    accuracies = evaluations(run)
     unit, points = 'architectures evaluated', [*enumerate(accuracies, start=1)] or scores(run)
     if points:
         x, y = zip(*points, strict=True)
@@ -113,16 +116,19 @@ def member(run: RunFiles) -> Member:
         unit, x, y = 'epoch', *zip(*(
             (record['epoch'], runs.evaluation(record)['top1']) for record in run.records('epoch')), strict=True)
     # A search whose candidates were trained on their own ranks them by that: nothing is trained once more.
-    final = [100 * record['accuracy'] for record in run.lines if record['kind'] == 'rank' and not accuracies] + [
-        record['test']['top1'] for record in run.lines if record['kind'] == 'final']
-    return Member(run.path, flag_of(run, 'seed'), unit, np.array(x), np.array(y, float), max(final, default=None),
-                  max(run.seconds or 0, seconds) / 3600)
+    ranked = [100 * record['accuracy'] for record in run.lines if record['kind'] == 'rank' and not accuracies]
+    tested = [record['test']['top1'] for record in run.lines if record['kind'] == 'final']
+    final = tested[-1] if tested else max(ranked, default=None)
+    return Member(run.path, flag_of(run, 'seed'), unit, np.array(x), np.array(y, float), final, (run.seconds or 0) / 3600)
 
 
 def merge(members: list[Member], count: int) -> list[Member]:
-    """Members whose seeds agree when they are divided by `count` as one, with their means: repeats are not independent."""
-    merged = []
-    for seed in sorted({member.seed // count for member in members}):
+    """Members whose seeds agree when they are divided by `count` as one, with their means: repeats are not independent.
+
+    Those that do not have as many repeats as others yet are left out.
+    """
+    merged, numbers = [], Counter(member.seed // count for member in members)
+    for seed in sorted(seed for seed, number in numbers.items() if number == max(numbers.values())):
         repeats = [member for member in members if member.seed // count == seed]
         x = min((member.x for member in repeats), key=len)
         finals = [member.final for member in repeats]

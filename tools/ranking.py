@@ -33,10 +33,10 @@ class Judgement(NamedTuple):
 
 
 def kendall(one: np.ndarray, other: np.ndarray) -> float:
-    """Kendall's τ-b of two rows of values (count,); nan where one of them is constant."""
+    """Kendall's τ-b of two rows of values (count,); 0 where one of them is constant, and says nothing."""
     a, b = (np.sign(values[:, None] - values[None])[np.triu_indices(len(values), 1)] for values in (one, other))
     pairs = float((a != 0).sum()) * float((b != 0).sum())
-    return float((a * b).sum() / pairs ** 0.5) if pairs else float('nan')
+    return float((a * b).sum() / pairs ** 0.5) if pairs else 0.0
 
 
 def regret(score: np.ndarray, truth: np.ndarray) -> float:
@@ -76,14 +76,15 @@ def judgements(args: argparse.Namespace) -> dict[str, Judgement]:
             raise flags.UserError(f'{path}: has other architectures than {args.alone[0]}')
     if len(first) <= TOP:
         raise flags.UserError(f'{args.alone[0]}: has {len(first)} architectures; more than {TOP} are needed')
-    values = {path: np.array([table[arch] for arch in first]) for path, table in tables.items()}
+    archs = sorted(first)  # in an order that knows nothing of how good they are: of equal scores the first are taken
+    values = {path: np.array([table[arch] for arch in archs]) for path, table in tables.items()}
     trainings = [values[path] for path in args.alone]
     found = {}
     if len(trainings) > 1:
         each = [judge(one, [other for other in trainings if other is not one]) for one in trainings]
         found['trainings among each other'] = Judgement(*np.mean(each, axis=0).tolist())
     found |= {str(path): judge(values[path], trainings) for path in args.scores}
-    sizes = [multiply_adds(architecture.parse(arch), args.layers, args.channels) for arch in first]
+    sizes = [multiply_adds(architecture.parse(arch), args.layers, args.channels) for arch in archs]
     return found | {'multiply-adds': judge(np.array(sizes, float), trainings)}
 
 

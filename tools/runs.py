@@ -36,6 +36,8 @@ RECORDS = {  # what tools read in a line of metrics.jsonl, by its kind
     'rank': {'index': int, 'accuracy': NUMBER, 'arch': str},
     'final': {'test': dict},
 }
+# The same of results.*.jsonl.
+RESULTS = {kind: {'arch': str, 'accuracy': NUMBER, 'seconds': NUMBER} for kind in ('candidate', 'rank')}
 WORK = {'epoch': 'training', 'score': 'judging the pool', 'controller': 'fitting the controller',
         'new': 'new architectures', 'rank': 'training the best from scratch', 'final': 'testing'}  # by the kind of a record
 RUN_FILES = {'metrics.jsonl', 'checkpoint.pt', 'results.0.jsonl'}  # by one of which a directory is that of a run
@@ -312,8 +314,13 @@ class RunFiles:
 
     @property
     def seconds(self) -> float | None:
-        """How long the run has computed, over all its starts; None if it did not record that."""
-        return sum(self.seconds_by_kind.values()) or None
+        """How long the run has computed, over all its starts; None if it did not record that.
+
+        A start that was killed before its next record counts by the trainings that it had finished.
+        """
+        trained = [sum(record['seconds'] for record in read_records(path, RESULTS) if record['kind'] in RESULTS)
+                   for path in self.path.glob('results.*.jsonl')]
+        return max(sum(self.seconds_by_kind.values()), *trained, 0.0) or None
 
     @property
     def best_error(self) -> float | None:

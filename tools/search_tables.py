@@ -8,6 +8,7 @@ equal length, a line's first column the choices made, space-separated numbers fr
 import json
 import math
 import re
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,12 +125,30 @@ def curve_of(steps: list[list[float]], queries: int) -> torch.Tensor:
 
 
 def read_results(path: Path, names: tuple[str, ...]) -> dict[tuple, dict]:
-    """What has been measured, by its values of `names`; a last line that was cut off is taken out of the file."""
-    text = path.read_text() if path.exists() else ''
-    whole = text[:text.rfind('\n') + 1]
-    if whole != text:
-        path.write_text(whole)
-    return {tuple(line[name] for name in names): line for line in map(json.loads, whole.splitlines())}
+    """What has been measured, by its values of `names`; a last line that was cut off is taken out of the file.
+
+    Raises UserError for a file that holds anything else: it stays as it is.
+    """
+    try:
+        text = path.read_text() if path.exists() else ''
+        whole = text[:text.rfind('\n') + 1]
+        results = {tuple(line[name] for name in names): line for line in map(json.loads, whole.splitlines())}
+        if whole != text:
+            if not (results or text.startswith('{')):
+                raise ValueError
+            path.write_text(whole)
+        elif not path.parent.is_dir():
+            raise FileNotFoundError(2, 'its folder does not exist')
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read and written ({error.strerror})') from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{path}: is not a file of these results, which have {", ".join(names)}; name another') from None
+    return results
+
+
+def fingerprint(settings: object) -> int:
+    """A number that other settings do not have: what was measured with them is not taken for these."""
+    return zlib.crc32(repr(settings).encode())
 
 
 def add_result(path: Path, result: dict) -> None:

@@ -84,7 +84,9 @@ HEADER = ('run', *(title for title, _, _ in COLUMNS))
 def row(series: Series) -> list[str]:
     """A series' row; raises UserError where a run has not written what it needs."""
     cells = {title: show([of(run) for run in series.runs]) for title, of, show in COLUMNS}
-    if series.runs[0].judged_on == runs.VALID and cells['top-1 error'] != UNKNOWN:
+    if len({(run.judged_on, bool(run.records('rank'))) for run in series.runs}) > 1:  # some are not as far as others
+        cells['top-1 error'] = UNKNOWN
+    elif series.runs[0].judged_on == runs.VALID and cells['top-1 error'] != UNKNOWN:
         cells['top-1 error'] += ' valid'
     if series.runs[0].unit == 'round':
         cells['epochs'] += ' rounds'
