@@ -64,6 +64,11 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
 ADJUSTMENTS = (brightness, contrast, saturation, hue)  # as torchvision's ColorJitter numbers them
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; on CUDA without waiting for it, where what is freed meanwhile was copied first."""
+    return tensor.to(device, non_blocking=device.type == 'cuda')
+
+
 def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Images (batch, 3, h, w) of 0-1, changed in place in the order that is drawn for each; as torchvision's ColorJitter.
 
@@ -72,12 +77,11 @@ def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     for step in order.unbind(1):
         for number, adjust in enumerate(ADJUSTMENTS):
             for rows in (step == number).nonzero()[:, 0].split(CPU_IMAGES if images.device.type == 'cpu' else len(images)):
-                strengths = factors[rows, number].reshape(-1, 1, 1, 1).to(images.device, non_blocking=True)
-                rows = rows.to(images.device, non_blocking=True)
+                strengths, rows = send(factors[rows, number].reshape(-1, 1, 1, 1), images.device), send(rows, images.device)
                 images[rows] = adjust(images[rows], strengths)
     return images
 
 
 def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     """Images (batch, 3, h, w) with those mirrored for which `mirrored` (batch,) says so."""
-    return torch.where(mirrored.to(images.device, non_blocking=True)[:, None, None, None], images.flip(3), images)
+    return torch.where(send(mirrored, images.device)[:, None, None, None], images.flip(3), images)

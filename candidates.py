@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 import checkpoint
 import training
 from architecture import Architecture
 from disk import append_line, read_records
-from flags import Stopped, known_end
+from flags import MEMORY, Stopped, known_end
 from model import FixedNetwork
 from training import NotFiniteError
 from utils import Run
@@ -108,7 +106,7 @@ def train_all(run: Run, recipe: Recipe, archs: Sequence[Architecture], number: i
             accuracy = train_candidate(alone, recipe, arch, title)
         except (RuntimeError, NotFiniteError) as error:
             reason = str(error).partition('\n')[0]
-            if not isinstance(error, NotFiniteError | torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+            if not isinstance(error, NotFiniteError) and not any(words in reason for words in MEMORY):
                 raise Stopped(f'{title}failed: {known_end(error) or reason}; it is not recorded, and the same command tries '
                               'again') from error
             accuracy, more = 0.0, {'error': reason}

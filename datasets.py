@@ -252,10 +252,13 @@ class Draws(NamedTuple):
         return Draws(*(draw[first:last] for draw in self))
 
 
-def draw_augmentation(batch: int, size: int, generator: torch.Generator) -> Draws:
-    """Draw for `batch` images of size×size pixels: uniform windows and holes, mirrored with probability 1/2."""
+def draw_augmentation(batch: int, size: int, generator: torch.Generator, device: torch.device) -> Draws:
+    """Draw for `batch` images of size×size pixels: uniform windows and holes, mirrored with probability 1/2.
+
+    Drawn on the CPU, as all machines and devices draw alike there, and sent to the device at once.
+    """
     places = 2 * CROP_PADDING + 1
-    draws = torch.rand((5, batch), generator=generator, device=generator.device)
+    draws = torch.rand((5, batch), generator=generator).to(device)
     return Draws(*((row * limit).long() for row, limit in zip(draws, (places, places, 2, size, size), strict=True)))
 
 
@@ -324,8 +327,8 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         data = self.data
-        order = torch.randperm(len(data), generator=self.generator, device=data.labels.device)
-        epoch = draw_augmentation(len(data), data.size, self.generator)
+        order = torch.randperm(len(data), generator=self.generator).to(data.labels.device)
+        epoch = draw_augmentation(len(data), data.size, self.generator, data.labels.device)
         for start, stop in self.bounds:
             first, last = share_of(start, stop, self.rank, self.world)
             chosen, draws = order[first:last], epoch.part(first, last)

@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import sys
+import time
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import flags
 import work_queue
-from augment import Draws, colour_jitter, draw, mirror
+from augment import Draws, colour_jitter, draw, mirror, send
 from class_folders import UNREADABLE, Broken, Files, available_memory, decode, find_images, for_each, label, resize
 from datasets import batch_bounds, normalise, share_of, training_bounds
 from flags import UserError
@@ -116,7 +117,8 @@ class ImageFiles(torch.utils.data.Dataset):
             store = None
         key = f'{platform.node()} {os.environ.get("GROUP_RANK", 0)} {self.place}'
         if store is not None and os.environ.get('LOCAL_RANK', '0') != '0':
-            store.wait([key], work_queue.LONGEST)
+            while not store.check([key]):  # to wait in the store would stop this process's signs of life
+                time.sleep(0.2)
             self.path = store.get(key).decode()
             if self.path:
                 self.attach()
@@ -220,7 +222,7 @@ class FileBatches:
     def to_device(self, images: Tensor, labels: Tensor, draws: list[Tensor], broken: list[str]) -> tuple[Tensor, Tensor]:
         """Augmented and normalised images, and labels, on the device; warns of images that are broken."""
         self.broken.add(broken)
-        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+        images, labels = (send(tensor, self.device) for tensor in (images, labels))
         if draws:
             mirrored, factors, order = draws
             images = colour_jitter(mirror(images, mirrored).float().div_(255), factors, order).mul_(255)
@@ -235,8 +237,8 @@ class FileBatches:
     def __iter__(self) -> Iterator[tuple]:
         epoch, order = 0, self.indices
         if self.generator:
-            epoch = int(torch.randint(2 ** 31, (), generator=self.generator, device=self.generator.device))
-            order = order[torch.randperm(self.count, generator=self.generator, device=self.generator.device).cpu()]
+            epoch = int(torch.randint(2 ** 31, (), generator=self.generator))
+            order = order[torch.randperm(self.count, generator=self.generator)]
         shares = [share_of(start, stop, self.rank, self.world) for start, stop in self.bounds]
         if not self.generator:
             shares = [(first, last) for first, last in shares if last > first]

@@ -3,14 +3,15 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel, parallel_apply
 
 
 class Within(nn.Module):
@@ -29,12 +30,25 @@ class Within(nn.Module):
 class EvenDataParallel(DataParallel):
     """DataParallel that leaves a GPU out where the last one would get a single image, on which batch-norm cannot train.
 
-    autocast: the context that each replica's forward runs in: the threads that PyTorch starts do not know its dtype.
+    autocast: the context that each replica's forward runs in: threads do not know its dtype. Each GPU keeps its thread:
+    PyTorch starts new ones at every step, in which cuDNN, by whose plans convolutions run, would choose its plans anew.
     """
 
     def __init__(self, model: nn.Module, autocast: Callable[[], contextlib.AbstractContextManager],
                  devices: list[torch.device] | None = None):
         super().__init__(Within(model, autocast), devices)
+        self.threads = [ThreadPoolExecutor(1) for _ in self.device_ids]
+
+    def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
+        """What each replica makes of its part of the inputs."""
+        enabled = torch.is_grad_enabled()
+
+        def apply(*part: Any) -> Any:
+            with torch.set_grad_enabled(enabled):
+                return parallel_apply(*([one] for one in part))[0]  # a single one: in this thread
+        running = [thread.submit(apply, *part) for thread, *part in zip(
+            self.threads, replicas, inputs, kwargs, self.device_ids, strict=False)]  # of which there may be fewer than GPUs
+        return [each.result() for each in running]
 
     def scatter(self, inputs: tuple, kwargs: dict[str, Any] | None, device_ids: list[int]) -> Any:
         """The inputs, of which the first is the images (batch, ...), in a part for each GPU."""
@@ -65,4 +79,14 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(world)
     dist.all_reduce(flat)
     parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+    pairs = [(gradient, part.view_as(gradient)) for part, gradient in zip(parts, gradients, strict=True)]
+    alike = [pair for pair in pairs if strides_of(pair[0]) == strides_of(pair[1])]  # a single other one makes all of them slow
+    torch._foreach_copy_(*map(list, zip(*alike, strict=True)))
+    for gradient, part in pairs:
+        if strides_of(gradient) != strides_of(part):
+            gradient.copy_(part)
+
+
+def strides_of(tensor: torch.Tensor) -> list[int]:
+    """The strides of those dimensions that have more than one place, by which a tensor's layout differs from another's."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]

@@ -65,6 +65,13 @@ SAMPLING = ('uniform', 'parameters')  # how a supernet's step draws its architec
 NO_EFFECT = (  # flags of the reference that do nothing
     'mode', 'controller_optimizer', 'controller_source_length', 'controller_encoder_length', 'controller_encoder_vocab_size',
     'controller_decoder_length', 'controller_decoder_vocab_size')
+SHARED, SMALL = ('NAO-WS', 'NAO-V2'), ('cifar10', 'cifar100', 'digits', 'folder')
+MATTERS = {  # flags that change something only where another one has one of these values
+    'rounds': ('method', ('NAO', 'NAO-V2')), 'child_eval_epochs': ('method', ('NAO-WS',)),
+    'child_results': ('method', ('NAO',)), 'child_sampling': ('method', SHARED), 'child_rank_epochs': ('method', SHARED),
+    'child_cutout_size': ('dataset', SMALL), 'child_lr_max': ('dataset', SMALL), 'child_lr_min': ('dataset', SMALL),
+    'child_lr_epochs': ('dataset', SMALL), 'child_lr': ('dataset', ('imagenet',)), 'child_gamma': ('dataset', ('imagenet',)),
+    'child_decay_period': ('dataset', ('imagenet',)), 'child_label_smooth': ('dataset', ('imagenet',))}
 CONTROLLER_SIZES = ('encoder_layers', 'encoder_hidden_size', 'encoder_emb_size', 'encoder_dropout', 'mlp_layers',
                     'mlp_hidden_size', 'mlp_dropout', 'decoder_layers', 'decoder_hidden_size', 'decoder_dropout')
 
@@ -249,6 +256,12 @@ def check(args: argparse.Namespace) -> None:
     listed = args.child_eval_epochs if isinstance(args.child_eval_epochs, list) else []
     if args.method == 'NAO-WS' and listed and max(listed) > args.child_epochs:
         raise UserError(f'--child_eval_epochs names epoch {max(listed)}, but there are {args.child_epochs} epochs')
+
+
+def without_use(args: argparse.Namespace) -> list[str]:
+    """A line for each flag that was given and changes nothing, by MATTERS."""
+    return [f'--{flag}={getattr(args, flag)} has no effect with --{other}={value}' for flag, (other, values) in MATTERS.items()
+            if flag in args.changed and (value := getattr(args, other)) not in values]
 
 
 def settings_of(args: argparse.Namespace) -> controller.Settings:

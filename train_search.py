@@ -99,6 +99,8 @@ class Search:
         if self.resumed:
             self.run.resume(self.resumed, f'{self.progress()}, next: {self.phase}')
         self.log_start()
+        for line in search_setup.without_use(self.args):
+            self.run.log(line)
         if self.budget.limits:
             self.run.log(f'all architectures stay within {self.budget}')
         if not self.resumed:
@@ -316,6 +318,12 @@ class WeightSharingSearch(Search):
         kept = len(self.pool) - len(new)
         self.pool, self.born = self.pool[:kept] + new, self.born[:kept]
 
+    def warn_of_small_pool(self) -> None:
+        """Warn where new architectures take all places, those of the best too."""
+        if self.wanted() == len(self.pool) and len(self.measured()) > 1:
+            self.run.warn(f'--controller_new_arch={self.args.controller_new_arch} replaces all of a pool of {len(self.pool)}, '
+                          'the best too; a smaller one keeps them')
+
     def go_on(self) -> None:
         """Do phase after phase to the end."""
         self.run.part_ways()
@@ -362,6 +370,7 @@ class WeightSharingSearch(Search):
         training.log_share(run, self.batches)
         if self.phase == 'done':
             return
+        self.warn_of_small_pool()
         step = search_cost.seconds_of_step(run, self.supernet, args.child_batch_size, valid.size, self.pool[0])
         score = search_cost.seconds_of_score(run, self.supernet, self.pool[0], min(args.child_eval_batch_size, valid.count),
                                              valid.size)
@@ -409,6 +418,9 @@ class IteratedSearch(Rounds, WeightSharingSearch):
     """
 
     fields = WeightSharingSearch.fields | {'round': int, 'began': int}
+
+    def warn_of_small_pool(self) -> None:
+        """New architectures join the others."""
 
     def is_scored(self, epoch: int) -> bool:
         """Whether all architectures are scored after so many epochs: the iteration is over."""

@@ -72,20 +72,22 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def default_generator(device: torch.device) -> torch.Generator | None:
-    """The generator that dropout and drop path draw from on this device; None on MPS, which has no such object."""
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that dropout and drop path draw from on this device."""
+    if device.type == 'mps':
+        return torch.mps._get_default_mps_generator()
     if device.type == 'cuda':
         torch.cuda.init()
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    return torch.default_generator if device.type == 'cpu' else None
+    return torch.default_generator
 
 
 class Run:
     """Where a program runs and writes: device, process, output directory, logs, metrics and all random generators.
 
-    Under torchrun it is process `rank` of `world`. generators: 'data' (batches, on the device) and 'search'
-    (architectures, on the CPU), equal in all processes; 'default' and on a GPU 'device', from which networks draw weights,
-    dropout and drop path, each process its own; 'device N' of a further GPU that it trains on (see `use_all_gpus`).
+    Under torchrun it is process `rank` of `world`. generators: 'data' (batches) and 'search' (architectures), on the CPU and
+    equal in all processes; 'default' and on a GPU 'device', from which networks draw weights, dropout and drop path, each
+    process its own; 'device N' of a further GPU that it trains on (see `use_all_gpus`).
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -110,10 +112,9 @@ class Run:
         self.output_dir = Path(args.output_dir)
         self.live = LiveLine(self.rank == 0)
         self.events = EventFile(self.output_dir) if getattr(args, 'tensorboard', False) else None
-        self.generators = {'default': torch.default_generator, 'data': torch.Generator(self.device),
-                           'search': torch.Generator()}
+        self.generators = {'default': torch.default_generator, 'data': torch.Generator(), 'search': torch.Generator()}
         on_device = default_generator(self.device)
-        if on_device is not None and on_device is not torch.default_generator:
+        if on_device is not torch.default_generator:
             self.generators['device'] = on_device
         for generator in self.generators.values():
             generator.manual_seed(args.seed)
@@ -360,9 +361,9 @@ class Run:
         """Compile each cell of a network on its own, as --compile asks: a few small graphs in place of one huge one."""
         config = torch._dynamo.config
         limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'
-        setattr(config, limit, max(getattr(config, limit), 4 * len(model.cells)))  # all cells are one class to the compiler
+        setattr(config, limit, max(getattr(config, limit), 6 * len(model.cells)))  # all cells are one class to the compiler
         for cell in model.cells:
-            cell.compile()
+            cell.compile(dynamic=False)  # a size that is only known when it runs would cost the layout its plan
 
     def broadcast(self, model: nn.Module) -> None:
         """Give the first process's parameters and buffers to all."""
@@ -444,7 +445,7 @@ def seconds_of(run: Run, function: Callable[[], Any]) -> float:
         for _ in range(3):
             start = time.perf_counter()
             function()
-            if run.device.type == 'cuda':
-                torch.cuda.synchronize(run.device)
+            if run.device.type in ('cuda', 'mps'):
+                getattr(torch, run.device.type).synchronize()
             seconds.append(time.perf_counter() - start)
     return min(seconds[1:])

@@ -4,13 +4,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch.distributed as dist
 
 from flags import Stopped
 
-LONGEST = timedelta(days=2)  # that a process waits for the first of its machine to read
 LIFE_EVERY = 10  # seconds between two signs of life of a process that shares a queue with others
 LIFE_LIMIT = 600  # seconds without one after which it is given up, as collective operations do
 

@@ -48,13 +48,13 @@ def literal_normalise(pixels):
 
 
 def crop_and_flip(data, chosen, generator):
-    draws = datasets.draw_augmentation(len(chosen), data.size, generator)
+    draws = datasets.draw_augmentation(len(chosen), data.size, generator, CPU)
     return images_of(datasets.crop_and_flip(data.pixels, chosen, data.size, draws, data.flip))
 
 
 def draw_holes(count, height, width, generator):
-    draws = datasets.draw_augmentation(count, height, generator)
-    return draws._replace(hole_x=datasets.draw_augmentation(count, width, generator).hole_x)
+    draws = datasets.draw_augmentation(count, height, generator, CPU)
+    return draws._replace(hole_x=datasets.draw_augmentation(count, width, generator, CPU).hole_x)
 
 
 # ---------------------------------------------------------------------------------------------------------- augmentation

@@ -3,6 +3,7 @@
 import itertools
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -100,26 +101,15 @@ def test_the_first_lines_say_how_many_images_each_gpu_gets(batch, gpus, world, w
 
 
 class OnTheCPU(parallel.EvenDataParallel):
-    """As on `gpus` GPUs, but each part is computed on the CPU, by the network itself, in a thread as PyTorch starts it."""
+    """As on `gpus` GPUs, but each part is computed on the CPU, by the network itself, in one thread for all."""
 
     def __init__(self, run, model, gpus):
         super().__init__(model, run.autocast)
         self.dim, self.device_ids, self.src_device_obj, self.output_device = 0, list(range(gpus)), torch.device('cpu'), 0
+        self.threads = [ThreadPoolExecutor(1)] * gpus
 
     def replicate(self, module, device_ids):
         return [module] * len(device_ids)
-
-    def parallel_apply(self, replicas, inputs, kwargs):
-        outputs, enabled = [None] * len(replicas), torch.is_autocast_enabled('cpu')
-
-        def work(index):
-            with torch.autocast('cpu', enabled=enabled):  # without the dtype, as PyTorch does it
-                outputs[index] = replicas[index](*inputs[index], **kwargs[index])
-        for index in range(len(replicas)):  # one after the other: the replicas here are one network
-            thread = threading.Thread(target=work, args=[index])
-            thread.start()
-            thread.join()
-        return outputs
 
     def gather(self, outputs, device):
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -132,9 +122,49 @@ def scatter_on_the_cpu(inputs, kwargs, devices, dim):
     return parts, [kwargs or {}] * len(parts)
 
 
+def apply_on_the_cpu(modules, inputs, kwargs, devices):
+    """As PyTorch's of a single module, which takes autocast from its thread, where it is off."""
+    (module,), (each,), (more,), _ = modules, inputs, kwargs, devices
+    with torch.autocast('cpu', enabled=False):
+        return [module(*each, **more)]
+
+
 @pytest.fixture
 def scatter(monkeypatch):
     monkeypatch.setattr(sys.modules['torch.nn.parallel.data_parallel'], 'scatter_kwargs', scatter_on_the_cpu)
+    monkeypatch.setattr(parallel, 'parallel_apply', apply_on_the_cpu)
+
+
+@pytest.mark.usefixtures('scatter')
+def test_each_gpu_keeps_its_thread():
+    """cuDNN keeps the plans that it has chosen for each thread: in new threads it would choose at every step."""
+    seen = []
+
+    class Where(nn.Module):
+        def forward(self, images):
+            seen.append((threading.get_ident(), torch.is_grad_enabled()))
+            return (images,)
+    model = OnTheCPU(make_run(), Where(), 3)
+    model.threads = [ThreadPoolExecutor(1) for _ in range(3)]
+    for _ in range(4):
+        model(torch.zeros(6, 1))
+    with torch.no_grad():
+        model(torch.zeros(6, 1))
+    assert len({thread for thread, _ in seen}) == 3 and [enabled for _, enabled in seen] == [True] * 12 + [False] * 3
+
+
+def test_gradients_of_any_layout_are_averaged(monkeypatch):
+    monkeypatch.setattr(parallel.dist, 'all_reduce', lambda flat: flat.mul_(2))  # of two processes that agree
+    shapes = [(4, 3, 3, 3), (4, 3, 1, 1), (7,), (4, 1, 3, 3)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape)
+        if parameter.dim() == 4:
+            parameter.grad = parameter.grad.to(memory_format=torch.channels_last)
+    before = [parameter.grad.clone() for parameter in parameters]
+    parallel.average_gradients(parameters, 2)
+    assert all(torch.equal(parameter.grad, grad) and parameter.grad.stride() == grad.stride()
+               for parameter, grad in zip(parameters, before, strict=True))
 
 
 @pytest.mark.usefixtures('scatter')

@@ -34,7 +34,7 @@ SEARCH = ['train_search.py', '--dataset=digits', '--child_nodes=2', '--child_lay
 EAGER = """
 import torch
 compiled = torch.nn.Module.compile
-torch.nn.Module.compile = lambda self: compiled(self, backend='eager')  # the graphs, without minutes of code
+torch.nn.Module.compile = lambda self, **options: compiled(self, backend='eager', **options)  # no minutes of code
 """
 
 

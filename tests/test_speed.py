@@ -82,7 +82,8 @@ def test_cells_compile_once_for_all_drop_path_probabilities():
     compiled = torch.nn.Module.compile
     names = list(network.state_dict())
     try:
-        torch.nn.Module.compile = lambda self: compiled(self, backend='eager')  # the graphs, without minutes of code
+        # The graphs, without minutes of code.
+        torch.nn.Module.compile = lambda self, **options: compiled(self, backend='eager', **options)
         run.compile_cells(network)
     finally:
         torch.nn.Module.compile = compiled

@@ -440,11 +440,18 @@ def test_a_search_that_ended_early_proposes_nothing_that_it_would_not_train(few,
 
 
 def test_weights_that_the_last_step_of_an_epoch_broke_are_not_kept(few, tmp_path):
-    command = [PROGRAM, *FLAGS, '--child_batch_size=90', '--child_rank_count=0', f'--output_dir={tmp_path}']  # a step an epoch
+    command = [PROGRAM, *FLAGS, '--child_batch_size=1000', '--child_rank_count=0', f'--output_dir={tmp_path}']  # one step
     result = run(*command, '--child_lr_max=1e30', '--child_grad_bound=1e30', preamble=few)
     assert result.status == 1 and 'the weights are no longer finite after epoch 1/' in result.err, result
     result = run(*command, preamble=few)
     assert result.status == 0 and 'resumed after epoch 0' in result.out, result
+
+
+def test_a_flag_without_use_and_a_pool_that_is_replaced_whole_are_named(few, tmp_path):
+    flags = [*FLAGS, '--child_epochs=2', '--child_rank_count=0', '--controller_seed_arch=6', '--child_gamma=0.5']
+    result = run(PROGRAM, *flags, f'--output_dir={tmp_path}', preamble=few)
+    assert result.status == 0 and '--child_gamma=0.5 has no effect with --dataset=digits\n' in result.out, result
+    assert '--controller_new_arch=8 replaces all of a pool of 6, the best too' in result.err
 
 
 def test_a_pool_in_the_output_directory_is_not_overwritten_unread(few, tmp_path):
@@ -533,7 +540,7 @@ def test_a_cut_off_checkpoint_is_refused_and_kept(searched, few, tmp_path):
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--child_lr_max=1e30', ['after epoch 1/2', 'the last checkpoint is kept']),
+    ('--child_lr_max=1e30', ['epoch 1/2', 'the last checkpoint is kept']),
     ('--controller_lr=1e30', ['loss of the controller is', 'the last checkpoint is kept', '--controller_lr'])])
 def test_a_loss_that_is_not_finite_stops_a_search(flag, words, few, tmp_path):
     result = run(PROGRAM, *FLAGS, flag, f'--output_dir={tmp_path}', preamble=few)
