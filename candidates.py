@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import checkpoint
 import training
@@ -31,7 +31,10 @@ class Recipe(NamedTuple):
     valid_batches: Callable[[Run], Iterable]
     l2_reg: float
     flags: str  # those that decide a network's parameters, for messages
-    options: dict[str, Any]  # of training.train
+    epochs: int
+    lr: Callable[[int], float]  # epoch, from 0 -> learning rate
+    grad_bound: float
+    label_smooth: float = 0.0
     max_steps: int | None = None  # of an epoch
     steps: int | None = None  # that drop path's schedule counts; None: those of the training
     best_epoch: bool = False  # judged by the best epoch, not by the last one
@@ -61,7 +64,7 @@ def train_candidate(run: Run, recipe: Recipe, arch: Architecture, title: str = '
 
     run: of this process alone. A training that was interrupted goes on from its last epoch. Raises NotFiniteError.
     """
-    path, epochs = checkpoint_of(run, recipe.kind, str(arch)), recipe.options['epochs']
+    path, epochs = checkpoint_of(run, recipe.kind, str(arch)), recipe.epochs
     run.reseed(recipe.kind, str(arch))
     train_batches, valid_batches = recipe.train_batches(run), recipe.valid_batches(run)
     network = run.place(recipe.build(arch, recipe.steps or epochs * training.steps_of(train_batches, recipe.max_steps)))
@@ -74,8 +77,9 @@ def train_candidate(run: Run, recipe: Recipe, arch: Architecture, title: str = '
         done, accuracies = state['epoch'], state.get('accuracies', [])
         state.pop('metrics_bytes', None)  # of the search, whose metrics stay as they are
         run.resume(state, f'epoch {done}')
-    for epoch in training.train(run, network, optimizer, train_batches, valid_batches, first=done, title=title, split='valid',
-                                max_steps=recipe.max_steps, **recipe.options):
+    for epoch in training.train(run, network, optimizer, train_batches, valid_batches, epochs=epochs, lr=recipe.lr, first=done,
+                                title=title, split='valid', grad_bound=recipe.grad_bound, label_smooth=recipe.label_smooth,
+                                max_steps=recipe.max_steps):
         accuracies.append(epoch.test['top1'])
         if epoch.done < epochs:
             run.save({'model': network.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch.done,

@@ -59,7 +59,7 @@ def fits(run: Run, nao: controller.NAO, tokens: Tensor, settings: controller.Set
 
 def ranking(run: Run, recipe: Recipe, seconds: float, count: int) -> Part:
     """The final trainings of `count` architectures, whose steps take `seconds` each."""
-    epochs = count * recipe.options['epochs']
+    epochs = count * recipe.epochs
     steps = training.steps_of(recipe.train_batches(run), recipe.max_steps)
     return Part(f'{epochs} epochs of {steps} steps of the best', seconds, epochs * steps)
 

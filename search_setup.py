@@ -321,11 +321,8 @@ class Task(NamedTuple):
     image_size: int  # pixels of a side
     supernet: type[Supernet]
     network: type[FixedNetwork]
-    train_batches: Callable[[Run], Iterable]  # batches of the training split, drawn from a run's generators
-    valid_batches: Callable[[Run], Iterable]
-    lr: Callable[[int], float]  # epoch, from 0 -> learning rate of the supernet, or of a candidate of NAO
-    label_smooth: float
-    ranking: dict[str, Any]  # how one of the best is trained from scratch: fields of candidates.Recipe
+    candidate: Recipe  # how NAO trains each candidate; a supernet sees the same batches, at the same rates
+    ranking: Recipe  # how the best are trained from scratch at the end, as the found one will be
     images: int  # datasets.fingerprint of those that train and validate
 
 
@@ -363,15 +360,22 @@ def open_small_images(args: argparse.Namespace, run: Run) -> Task:
 
     def valid_batches(run: Run) -> Iterable:
         return datasets.EvalBatches(valid_set, args.child_eval_batch_size, run.rank, run.world)
-    ranking = {
-        'build': partial(build, args, NASNetworkCIFAR, len(data.classes), RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB,
-                         data.size >= AUX_HEAD_IMAGE),
-        'steps': args.child_epochs * (args.rounds + 1 if args.method == 'NAO-V2' else 1) * len(train_batches(run)),
-        'options': {'epochs': args.child_rank_epochs, 'lr': cosine_of(args, args.child_rank_epochs)}}
-    return Task(
-        len(data.classes), data.size, NASWSNetworkCIFAR, NASNetworkCIFAR, train_batches, valid_batches,
-        cosine_of(args, max(args.child_lr_epochs or 0, args.child_epochs)), 0.0, ranking,
-        datasets.fingerprint(data.labels, data.classes))
+
+    def network(keep_prob: float, drop_path_keep_prob: float, use_aux_head: bool) -> Callable:
+        return partial(build, args, NASNetworkCIFAR, len(data.classes), keep_prob, drop_path_keep_prob, use_aux_head)
+    candidate = Recipe(
+        kind='candidate', build=network(args.child_keep_prob, args.child_drop_path_keep_prob, args.child_use_aux_head),
+        train_batches=train_batches, valid_batches=valid_batches, l2_reg=args.child_l2_reg, flags=NETWORK_FLAGS,
+        epochs=args.child_epochs,
+        lr=cosine_of(args, max(args.child_lr_epochs or 0, args.child_epochs)), grad_bound=args.child_grad_bound,
+        best_epoch=True)
+    iterations = args.rounds + 1 if args.method == 'NAO-V2' else 1
+    ranking = candidate._replace(
+        kind='rank', build=network(RANK_KEEP_PROB, RANK_DROP_PATH_KEEP_PROB, data.size >= AUX_HEAD_IMAGE),
+        epochs=args.child_rank_epochs, lr=cosine_of(args, args.child_rank_epochs), best_epoch=False,
+        steps=args.child_epochs * iterations * len(train_batches(run)))
+    return Task(len(data.classes), data.size, NASWSNetworkCIFAR, NASNetworkCIFAR, candidate, ranking,
+                datasets.fingerprint(data.labels, data.classes))
 
 
 def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
@@ -387,12 +391,20 @@ def open_imagenet(args: argparse.Namespace, run: Run) -> Task:
     def valid_batches(run: Run) -> Iterable:
         return image_files.FileBatches(valid_files, args.child_eval_batch_size, run.device, args.workers, valid, rank=run.rank,
                                        world=run.world)
-    ranking = {'build': partial(build, args, NASNetworkImageNet, len(classes), 1.0, 1.0, True),
-               'options': {'epochs': 1, 'lr': lambda epoch: args.child_lr}, 'max_steps': IMAGENET_RANK_STEPS}
-    return Task(
-        len(classes), image_files.IMAGE_SIZE, NASWSNetworkImageNet, NASNetworkImageNet, train_batches, valid_batches,
-        partial(training.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),
-        args.child_label_smooth, ranking, datasets.fingerprint(train_files.labels, classes))
+
+    def network(keep_prob: float, drop_path_keep_prob: float, use_aux_head: bool) -> Callable:
+        return partial(build, args, NASNetworkImageNet, len(classes), keep_prob, drop_path_keep_prob, use_aux_head)
+    candidate = Recipe(
+        kind='candidate', build=network(args.child_keep_prob, args.child_drop_path_keep_prob, args.child_use_aux_head),
+        train_batches=train_batches, valid_batches=valid_batches, l2_reg=args.child_l2_reg, flags=NETWORK_FLAGS,
+        epochs=args.child_epochs,
+        lr=partial(training.step_decay, lr=args.child_lr, gamma=args.child_gamma, decay_period=args.child_decay_period),
+        grad_bound=args.child_grad_bound, label_smooth=args.child_label_smooth, best_epoch=True)
+    ranking = candidate._replace(
+        kind='rank', build=network(1.0, 1.0, True), epochs=1, lr=lambda epoch: args.child_lr, label_smooth=0.0,
+        best_epoch=False, max_steps=IMAGENET_RANK_STEPS)
+    return Task(len(classes), image_files.IMAGE_SIZE, NASWSNetworkImageNet, NASNetworkImageNet, candidate, ranking,
+                datasets.fingerprint(train_files.labels, classes))
 
 
 def budget_of(args: argparse.Namespace, task: Task) -> costs.Budget:
@@ -417,22 +429,3 @@ def parameter_counter(args: argparse.Namespace, task: Task) -> Callable[[Archite
     """What counts the parameters of an architecture's network in the search's size, the auxiliary head left out."""
     count = costs.counter(costs.Size(task.network, args.child_layers, args.child_channels, task.classes, task.image_size))
     return lambda arch: count(arch).parameters
-
-
-def rank_recipe(args: argparse.Namespace, task: Task) -> Recipe:
-    """How the best are trained from scratch at the end, as the found one will be."""
-    return recipe('rank', args, task, **task.ranking)
-
-
-def candidate_recipe(args: argparse.Namespace, task: Task) -> Recipe:
-    """How NAO trains each candidate; it is judged by its best epoch."""
-    network = partial(build, args, task.network, task.classes, args.child_keep_prob, args.child_drop_path_keep_prob,
-                      args.child_use_aux_head)
-    options = {'epochs': args.child_epochs, 'lr': task.lr, 'label_smooth': task.label_smooth}
-    return recipe('candidate', args, task, network, options, best_epoch=True)
-
-
-def recipe(kind: str, args: argparse.Namespace, task: Task, build: Callable, options: dict[str, Any], **more: Any) -> Recipe:
-    """A recipe of what both kinds of candidates have in common."""
-    return Recipe(kind, build, task.train_batches, task.valid_batches, args.child_l2_reg, NETWORK_FLAGS,
-                  {'grad_bound': args.child_grad_bound, **options}, **more)

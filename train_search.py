@@ -173,9 +173,8 @@ class Search:
 
     def shared_cost(self, step: float, count: int) -> list[search_cost.Part]:
         """The cost of the phases below: fits, and a ranking of the best of `count`, whose steps take `step` seconds."""
-        recipe = search_setup.rank_recipe(self.args, self.task)
         count = min(self.args.child_rank_count, count) if self.trains_best else 0
-        parts = [search_cost.ranking(self.run, recipe, step, count)]
+        parts = [search_cost.ranking(self.run, self.task.ranking, step, count)]
         if self.after_measuring == 'fit':
             tokens = self.vocabulary.tokens(self.pool[:self.settings.batch_size], self.run.device)
             parts.append(search_cost.fits(self.run, self.naos[0], tokens, self.settings, self.measured()[:-1],
@@ -229,7 +228,7 @@ class Search:
 
     def rank_accuracies(self, best: list[Architecture]) -> list[float]:
         """What the best are ranked by."""
-        return candidates.train_all(self.run, search_setup.rank_recipe(self.args, self.task), best, self.number())
+        return candidates.train_all(self.run, self.task.ranking, best, self.number())
 
 
 class WeightSharingSearch(Search):
@@ -242,7 +241,7 @@ class WeightSharingSearch(Search):
 
     def __init__(self, args: argparse.Namespace, run: Run):
         super().__init__(args, run)
-        self.batches = self.task.train_batches(run)
+        self.batches = self.task.candidate.train_batches(run)
         self.supernet = run.place(self.task.supernet(
             self.task.classes, args.child_layers, args.child_nodes, args.child_channels, args.child_keep_prob,
             args.child_drop_path_keep_prob, args.child_use_aux_head, args.child_epochs * len(self.batches)))
@@ -283,11 +282,11 @@ class WeightSharingSearch(Search):
 
         def forward(images: torch.Tensor, step: int) -> tuple:
             return self.supernet(images, next(drawn), step - first)
-        rate = self.task.lr(epoch)
+        rate = self.task.candidate.lr(epoch)
         title = f'epoch {self.epoch + 1}/{self.epochs()}'
         values, self.step = training.train_epoch(
             self.run, forward, self.optimizer, self.batches, title=title, lr=rate, step=self.step, clock=self.clock,
-            grad_bound=args.child_grad_bound, label_smooth=self.task.label_smooth, shares_weights=True)
+            grad_bound=args.child_grad_bound, label_smooth=self.task.candidate.label_smooth, shares_weights=True)
         self.run.average_statistics(self.supernet)
         self.epoch += 1
         self.run.log(f'{title} train {training.describe(values)} lr {rate:.3g} left {self.clock.left(self.step)}')
@@ -295,7 +294,7 @@ class WeightSharingSearch(Search):
 
     def score(self) -> None:
         """Score the pool, all on one validation batch."""
-        run, batches = self.run, self.task.valid_batches(self.run)
+        run, batches = self.run, self.task.candidate.valid_batches(self.run)
         if self.args.child_eval_batch_size < min(len(self.pool), batches.count):
             run.warn(f'--child_eval_batch_size={self.args.child_eval_batch_size} images cannot tell {len(self.pool)} '
                      f'architectures apart; there are {batches.count}')
@@ -364,7 +363,7 @@ class WeightSharingSearch(Search):
 
     def log_start(self) -> None:
         """Log sizes, arguments and the cost to come."""
-        args, run, valid = self.args, self.run, self.task.valid_batches(self.run)
+        args, run, valid = self.args, self.run, self.task.candidate.valid_batches(self.run)
         training.log_start(run, self.batches, valid, self.supernet, self.an_architecture(),
                            records=self.phase != 'done')
         training.log_share(run, self.batches)
@@ -450,7 +449,7 @@ class CompleteSearch(Rounds, Search):
 
     def evaluate(self) -> None:
         """Train the candidates that have no result yet, and sort all results."""
-        accuracies = candidates.train_all(self.run, search_setup.candidate_recipe(self.args, self.task), self.pool, self.round,
+        accuracies = candidates.train_all(self.run, self.task.candidate, self.pool, self.round,
                                           to_come=(self.args.rounds - self.round) * self.args.controller_new_arch)
         self.sort_pool(accuracies, f'round {self.round}: trained {len(self.pool)} architectures so far')
 
@@ -471,12 +470,13 @@ class CompleteSearch(Rounds, Search):
         """Log the sizes of the first candidate, arguments and the cost to come."""
         args, run, size = self.args, self.run, self.task.image_size
         with torch.random.fork_rng(devices=[]):  # a resumed search goes on with the generators as they were saved
-            network = run.place(search_setup.candidate_recipe(args, self.task).build(self.an_architecture(), 1))
-        training.log_start(run, self.task.train_batches(run), self.task.valid_batches(run), network,
+            network = run.place(self.task.candidate.build(self.an_architecture(), 1))
+        training.log_start(run, self.task.candidate.train_batches(run), self.task.candidate.valid_batches(run), network,
                            records=self.phase != 'done')
         if self.phase == 'done':
             return
-        count, steps = len(self.pool) + (args.rounds - self.round) * args.controller_new_arch, len(self.task.train_batches(run))
+        count = len(self.pool) + (args.rounds - self.round) * args.controller_new_arch
+        steps = len(self.task.candidate.train_batches(run))
         step = search_cost.seconds_of_step(run, network, args.child_batch_size, size) / run.world
         search_cost.log(
             run,

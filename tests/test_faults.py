@@ -378,7 +378,7 @@ def test_a_split_that_has_no_more_images_is_not_warned_of(images, pool, there, w
     batches = argparse.Namespace(count=there, batch=lambda chosen: (chosen, chosen))
     train_search.WeightSharingSearch.score(argparse.Namespace(
         args=argparse.Namespace(child_eval_batch_size=images), run=run_here, pool=range(pool), supernet=None, epoch=1,
-        task=argparse.Namespace(valid_batches=lambda _: batches), sort_pool=nothing))
+        task=argparse.Namespace(candidate=argparse.Namespace(valid_batches=lambda _: batches)), sort_pool=nothing))
     assert ('cannot tell' in capsys.readouterr().err) == warned
 
 
@@ -479,15 +479,15 @@ def test_candidates_and_rankings_are_trained_as_specified(monkeypatch):
     assert (args.child_batch_size, args.child_l2_reg, args.child_epochs) == (128, 5e-4, 25)
     run_here = argparse.Namespace(first_alone=lambda load: load(), device=torch.device('cpu'), rank=0, world=1, is_first=True,
                                   generators={'data': torch.Generator()})
-    lr = search_setup.open_task(parsed(monkeypatch, '--method=NAO', '--dataset=digits', *TINY_CHILD), run_here).lr
+    lr = search_setup.open_task(parsed(monkeypatch, '--method=NAO', '--dataset=digits', *TINY_CHILD), run_here).candidate.lr
     assert lr(0) == pytest.approx(0.024) and lr(50) == pytest.approx(0.012) and lr(100) == pytest.approx(0)
     args = parsed(monkeypatch, '--dataset=digits', '--child_epochs=7', *TINY_CHILD)
     task = search_setup.open_task(args, run_here)
-    ranking = search_setup.rank_recipe(args, task)
-    assert ranking.steps == 7 * len(task.train_batches(run_here)) and not ranking.best_epoch
+    ranking = task.ranking
+    assert ranking.steps == 7 * len(task.candidate.train_batches(run_here)) and not ranking.best_epoch
     network = ranking.build(search_setup.architecture.parse(TINY), ranking.steps)
     assert (network.keep_prob, network.drop_path_keep_prob, network.steps) == (0.6, 0.8, ranking.steps)
-    assert hasattr(network, 'auxiliary_head') and search_setup.candidate_recipe(args, task).best_epoch
+    assert hasattr(network, 'auxiliary_head') and task.candidate.best_epoch
 
 
 def test_a_ranking_on_image_files_is_one_pass_without_label_smoothing(monkeypatch, tmp_path):
@@ -496,8 +496,8 @@ def test_a_ranking_on_image_files_is_one_pass_without_label_smoothing(monkeypatc
                   '--workers=0')
     run_here = argparse.Namespace(device=torch.device('cpu'), rank=0, world=1, is_first=False, store=None,
                                   generators={'data': torch.Generator()})
-    recipe = search_setup.rank_recipe(args, search_setup.open_task(args, run_here))
-    assert (recipe.options['epochs'], recipe.max_steps) == (1, 500) and 'label_smooth' not in recipe.options
+    recipe = search_setup.open_task(args, run_here).ranking
+    assert (recipe.epochs, recipe.max_steps, recipe.label_smooth) == (1, 500, 0)
     network = recipe.build(search_setup.architecture.parse(TINY), 10)
     assert (network.keep_prob, network.drop_path_keep_prob) == (1.0, 1.0)
 
@@ -533,7 +533,7 @@ def test_candidates_can_be_trained_without_a_search(tmp_path, monkeypatch):
     args = parsed(monkeypatch, '--dataset=digits', '--child_epochs=1', *TINY_CHILD, '--train_images=100',
                   f'--output_dir={tmp_path}', '--device=cpu')
     run_here = utils.Run(args)
-    recipe = search_setup.candidate_recipe(args, search_setup.open_task(args, run_here))
+    recipe = search_setup.open_task(args, run_here).candidate
     pool = [search_setup.architecture.parse(TINY, 1, SEARCH_SPACES['small'])]
     first = candidates.train_all(run_here, recipe, pool, 0)
     assert candidates.read_results(run_here, 'candidate') == {TINY: first[0]}
@@ -544,7 +544,7 @@ def test_a_recipe_says_how_many_steps_are_trained_and_how_many_drop_path_counts(
     args = parsed(monkeypatch, '--dataset=digits', '--child_epochs=1', *TINY_CHILD, '--train_images=100',
                   '--child_batch_size=30', f'--output_dir={tmp_path}', '--device=cpu')
     run_here = utils.Run(args)
-    recipe = search_setup.candidate_recipe(args, search_setup.open_task(args, run_here))
+    recipe = search_setup.open_task(args, run_here).candidate
     built, updates, update = [], [], training.update
     monkeypatch.setattr(training, 'update', lambda *args: updates.append(None) or update(*args))
 
