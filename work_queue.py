@@ -55,7 +55,7 @@ def wait_for_all(store: dist.Store, world: int, name: str) -> None:
 
     Raises flags.Stopped when one shows no life any more: its machine vanished, or it hangs.
     """
-    counts, changed, look = [-1] * world, [0.0] * world, 0.0
+    counts, changed, look, pause = [-1] * world, [0.0] * world, 0.0, 0.01
     while store.add(f'{name} finished', 0) < world:
         now = time.monotonic()
         if now >= look:
@@ -67,4 +67,5 @@ def wait_for_all(store: dist.Store, world: int, name: str) -> None:
                 elif now - changed[rank] > LIFE_LIMIT:
                     raise Stopped(f'process {rank} has not answered for {LIFE_LIMIT} s; the same command goes on with what is '
                                   'done')
-        time.sleep(0.2)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)

@@ -21,11 +21,11 @@ import checkpoint
 import datasets
 import hubconf
 
-FIXED = ['--dataset=digits', '--device=cpu', '--fixed_arc=NAONet_B', '--layers=1', '--channels=4', '--batch_size=479',
-         '--lr_max=0.1']
+FIXED = ['--dataset=digits', '--device=cpu', '--fixed_arc=NAONet_B', '--layers=1', '--channels=4', '--batch_size=100',
+         '--lr_max=0.1', '--train_images=300']
 SEARCH = ['--dataset=digits', '--device=cpu', '--child_layers=1', '--child_nodes=2', '--child_channels=4',
-          '--child_batch_size=431', '--child_epochs=2', '--child_eval_epochs=1', '--child_eval_batch_size=20',
-          '--controller_seed_arch=6', '--controller_new_arch=3', '--controller_epochs=100',
+          '--child_batch_size=90', '--train_images=300', '--child_epochs=2', '--child_eval_epochs=1',
+          '--child_eval_batch_size=20', '--controller_seed_arch=6', '--controller_new_arch=3', '--controller_epochs=100',
           '--child_rank_count=1', '--child_rank_epochs=1']
 
 

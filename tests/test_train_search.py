@@ -440,7 +440,8 @@ def test_a_search_that_ended_early_proposes_nothing_that_it_would_not_train(few,
 
 
 def test_weights_that_the_last_step_of_an_epoch_broke_are_not_kept(few, tmp_path):
-    command = [PROGRAM, *FLAGS, '--child_batch_size=1000', '--child_rank_count=0', f'--output_dir={tmp_path}']  # one step
+    command = [PROGRAM, *FLAGS, '--child_batch_size=1000', '--child_epochs=1', '--child_rank_count=0',
+               f'--output_dir={tmp_path}']
     result = run(*command, '--child_lr_max=1e30', '--child_grad_bound=1e30', preamble=few)
     assert result.status == 1 and 'the weights are no longer finite after epoch 1/' in result.err, result
     result = run(*command, preamble=few)
