@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,6 +245,26 @@ def parts(labels: Tensor | list[int], args: argparse.Namespace) -> tuple[Tensor 
     return first.sort().values, held_out
 
 
+def fill(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, classes: Sequence[str], fingerprint: int,
+         path: Path) -> dict[str, Any] | None:
+    """The checkpoint that a training goes on from, loaded into its network and optimiser; None where there is none.
+
+    classes, fingerprint: of its images, see datasets. Raises UserError for a checkpoint of another training.
+    """
+    state = run.together(lambda: checkpoint.load_network(path) if os.path.exists(path) else None)
+    if state:
+        checkpoint.require(state, {'epoch': int, 'optimizer': dict, 'best_acc_top1': checkpoint.NUMBER}, path,
+                           'test it by --mode=test --checkpoint, or ')
+        checkpoint.same_run(state, run.args, path)
+        checkpoint.same_architecture(state, model.arch, path)
+        checkpoint.same_classes(state, classes, path)
+        if run.args.holdout or run.args.train_images:
+            checkpoint.same_images(state, fingerprint, path)
+        checkpoint.fill_model(model, state['model'], path)
+        checkpoint.fill_optimizer(optimizer, state['optimizer'], path)
+    return state
+
+
 def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batches: Iterable, *, l2_reg: float,
                   more: dict[str, Any], test_batches: Iterable | None = None, **options: Any) -> None:
     """Train a network to the end, from checkpoint.pt in the output directory if there is one; `options` go to `train`.
@@ -259,17 +279,7 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     if run.args.compile:
         run.compile_cells(model)
     optimizer = sgd(run, model, l2_reg)
-    state = run.together(lambda: checkpoint.load_network(path) if os.path.exists(path) else None)
-    if state:
-        checkpoint.require(state, {'epoch': int, 'optimizer': dict, 'best_acc_top1': checkpoint.NUMBER}, path,
-                           'test it by --mode=test --checkpoint, or ')
-        checkpoint.same_run(state, run.args, path)
-        checkpoint.same_architecture(state, model.arch, path)
-        checkpoint.same_classes(state, eval_batches.classes, path)
-        if run.args.holdout or run.args.train_images:
-            checkpoint.same_images(state, more['fingerprint'], path)
-        checkpoint.fill_model(model, state['model'], path)
-        checkpoint.fill_optimizer(optimizer, state['optimizer'], path)
+    state = fill(run, model, optimizer, eval_batches.classes, more['fingerprint'], path)
     run.open_output(anew=state is None)
     first = state['epoch'] if state else 0
     best = float(state['best_acc_top1']) if state else -1.0  # a first network that gets nothing right is the best so far
@@ -294,13 +304,18 @@ def train_network(run: Run, model: nn.Module, train_batches: Iterable, eval_batc
     run.log(f'finished: best {split} top-1 error {100 - best:.2f} %, that of the last epoch {100 - last:.2f} %, checkpoints in '
             f'{run.output_dir}')
     if test_batches:
-        path = run.output_dir / 'checkpoint_best.pt'
-        chosen = run.together(lambda: checkpoint.load_network(path))  # which the first process may just have written
-        checkpoint.fill_model(model, chosen['model'], path)
-        values = evaluate(run, model, test_batches)
-        run.log(f'test images, looked at once: {errors(values)}, of epoch {chosen["epoch"]}, which {eval_batches.count} '
-                'held-out images chose')
-        run.write_metrics(kind='final', epoch=chosen['epoch'], test=values)
+        test_once(run, model, test_batches, eval_batches.count)
+
+
+def test_once(run: Run, model: nn.Module, test_batches: Iterable, held_out: int) -> None:
+    """Test checkpoint_best.pt, which so many held-out images chose, on the test images."""
+    path = run.output_dir / 'checkpoint_best.pt'
+    chosen = run.together(lambda: checkpoint.load_network(path))  # which the first process may just have written
+    checkpoint.fill_model(model, chosen['model'], path)
+    values = evaluate(run, model, test_batches)
+    run.log(f'test images, looked at once: {errors(values)}, of epoch {chosen["epoch"]}, which {held_out} held-out images '
+            'chose')
+    run.write_metrics(kind='final', epoch=chosen['epoch'], test=values)
 
 
 def tested(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
