@@ -244,6 +244,7 @@ class Settings(NamedTuple):
 
     epochs: int = 1000
     later_updates: int = 0  # gradient steps of a fit after the first, which goes on from its weights; 0: `epochs` again
+    later_per_token: float = 0.0  # the same for each token of an architecture; the larger of both counts
     predictor_updates: int = 0  # steps after each fit in which the predictor alone begins anew; 0: it stays as fitted
     batch_size: int = 100
     lr: float = 1e-3
@@ -263,8 +264,9 @@ class Settings(NamedTuple):
 
 PRESETS = {
     'paper': Settings(),
-    'best': Settings(epochs=300, later_updates=20, predictor_updates=150, lr=2e-3, trade_off=0.5, members=4, targets='ranks',
-                     loss='cross_entropy', unlabelled=50, redrawn=200, lambdas=(1, 4, 16, 64, 256), candidates=2000, beta=2.0),
+    'best': Settings(epochs=300, later_updates=20, later_per_token=1.5, predictor_updates=150, lr=2e-3, trade_off=0.5,
+                     members=4, targets='ranks', loss='cross_entropy', unlabelled=50, redrawn=200, lambdas=(1, 4, 16, 64, 256),
+                     candidates=2000, beta=2.0),
 }
 
 
@@ -277,12 +279,13 @@ def evaluate(nao: NAO, sequences: Tensor, targets: Tensor) -> dict[str, float]:
             'hamming_distance': hamming_distance(sequences, tokens)}
 
 
-def fit_epochs(settings: Settings, count: int, first: bool) -> int:
-    """The epochs of a fit, or of a later one, to `count` sequences."""
+def fit_epochs(settings: Settings, count: int, length: int, first: bool) -> int:
+    """The epochs of a fit, or of a later one, to `count` sequences of `length` tokens."""
     if first or not settings.later_updates:
         return settings.epochs
     # Steps, not epochs: what a round of new architectures takes to learn does not grow with what is known already.
-    return math.ceil(settings.later_updates / math.ceil(count / settings.batch_size))
+    updates = max(settings.later_updates, settings.later_per_token * length)
+    return math.ceil(updates / math.ceil(count / settings.batch_size))
 
 
 def adam(parameters: Iterable[nn.Parameter], settings: Settings, device: torch.device) -> torch.optim.Adam:
@@ -302,7 +305,7 @@ def fit(nao: NAO, sequences: Tensor, targets: Tensor, settings: Settings, genera
     end `report` gets loss, pairwise accuracy and Hamming distance, on `held_out` (sequences, targets) where given. All draws
     but dropout's and fresh weights' come from `generator`.
     """
-    epochs = fit_epochs(settings, len(sequences), first)
+    epochs = fit_epochs(settings, *sequences.shape, first)
     values = {}
     optimizer = adam(nao.parameters(), settings, sequences.device)
     for epoch in range(1, epochs + 1):

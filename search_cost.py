@@ -52,7 +52,7 @@ def fits(run: Run, nao: controller.NAO, tokens: Tensor, settings: controller.Set
         (prediction.sum() + log_probs.sum()).backward()
     known = [(count - count // 10) * expand for count in counts] if expand else counts
     steps = settings.members * sum(
-        controller.fit_epochs(settings, count, not index) * math.ceil(count / settings.batch_size)
+        controller.fit_epochs(settings, count, tokens.shape[1], not index) * math.ceil(count / settings.batch_size)
         for index, count in enumerate(known))
     return Part(f'{steps} steps of {len(counts)} fits', seconds_of(run, step), steps)
 

@@ -136,6 +136,8 @@ CONTROLLER_FLAGS = (
      '(default: swap anew in each epoch, hold none out; NAO-V2: 10)'),
     ('epochs', POSITIVE_INT, PAPER.epochs, 'epochs of a fit'),
     ('later_updates', COUNT, PAPER.later_updates, 'gradient steps of the fits after the first; 0: all epochs again'),
+    ('later_per_token', NOT_NEGATIVE, PAPER.later_per_token, 'the same for each token of an architecture; the larger of both '
+     'counts'),
     ('predictor_updates', COUNT, PAPER.predictor_updates, 'steps after each fit in which the predictor alone is fitted anew, '
      'from fresh weights; 0: it stays as fitted'),
     ('batch_size', POSITIVE_INT, PAPER.batch_size, 'architectures per step'),

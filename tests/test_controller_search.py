@@ -27,6 +27,7 @@ from controller import (
     choose,
     fit,
     fit_all,
+    fit_epochs,
     fit_predictor,
     new_architectures,
     pairwise_accuracy,
@@ -225,6 +226,12 @@ def test_later_fits_take_the_given_number_of_updates():
         search_step([small_nao()], list(known), list(known.values()), 1, settings, torch.Generator().manual_seed(0),
                     first=first, report=lambda member, values: reports.append(values))
     assert [values['epoch'] for values in reports] == [4, 3], '30 sequences are 3 updates an epoch'
+
+
+@pytest.mark.parametrize('length, wanted', [(6, 20), (7, 20), (40, 60)])
+def test_later_fits_of_the_best_preset_grow_with_the_length_of_an_architecture(length, wanted):
+    assert fit_epochs(PRESETS['best'], 100, length, first=False) == wanted
+    assert fit_epochs(PRESETS['best'], 100, length, first=True) == 300
 
 
 def write_table(path, rows=300):

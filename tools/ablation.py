@@ -28,7 +28,7 @@ INITIAL = 40  # random architectures that a search begins with
 # What is one change: fields that mean something only together.
 CHANGES = {
     'first fit of 300 epochs': ('epochs',),
-    'later fits of a few steps': ('later_updates',),
+    'later fits of a few steps': ('later_updates', 'later_per_token'),
     'predictor fitted anew': ('predictor_updates',),
     'trade-off of a half': ('trade_off',),
     'ranks and cross-entropy': ('targets', 'loss'),
