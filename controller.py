@@ -243,8 +243,8 @@ class Settings(NamedTuple):
     """How a search fits its controllers and chooses new architectures; the defaults are the paper's."""
 
     epochs: int = 1000
-    later_updates: int = 0  # gradient steps of a fit after the first, which goes on from its weights; 0: `epochs` again
-    later_per_token: float = 0.0  # the same for each token of an architecture; the larger of both counts
+    later_updates: int = 0  # gradient steps of a fit after the first, which goes on from its weights
+    later_per_token: float = 0.0  # the same for each token of an architecture; the larger counts; both 0: `epochs` again
     predictor_updates: int = 0  # steps after each fit in which the predictor alone begins anew; 0: it stays as fitted
     batch_size: int = 100
     lr: float = 1e-3
@@ -281,10 +281,10 @@ def evaluate(nao: NAO, sequences: Tensor, targets: Tensor) -> dict[str, float]:
 
 def fit_epochs(settings: Settings, count: int, length: int, first: bool) -> int:
     """The epochs of a fit, or of a later one, to `count` sequences of `length` tokens."""
-    if first or not settings.later_updates:
+    updates = max(settings.later_updates, settings.later_per_token * length)
+    if first or not updates:
         return settings.epochs
     # Steps, not epochs: what a round of new architectures takes to learn does not grow with what is known already.
-    updates = max(settings.later_updates, settings.later_per_token * length)
     return math.ceil(updates / math.ceil(count / settings.batch_size))
 
 

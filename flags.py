@@ -191,7 +191,7 @@ def known_end(error: RuntimeError) -> str | None:
     if dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in words):
         if any(sign in words.lower() for sign in GONE):
             return 'another process has ended, which will have said why'
-        return f'the processes cannot work together: {words.strip().splitlines()[-1]}'
+        return f'the processes cannot work together: {(words.strip() or type(error).__name__).splitlines()[-1]}'
     return next((line for sign, line in KNOWN_ENDS.items() if sign in words), None)
 
 

@@ -79,12 +79,16 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(world)
     dist.all_reduce(flat)
     parts = flat.split([gradient.numel() for gradient in gradients])
-    pairs = [(gradient, part.view_as(gradient)) for part, gradient in zip(parts, gradients, strict=True)]
-    alike = [pair for pair in pairs if strides_of(pair[0]) == strides_of(pair[1])]  # a single other one makes all of them slow
-    torch._foreach_copy_(*map(list, zip(*alike, strict=True)))
-    for gradient, part in pairs:
-        if strides_of(gradient) != strides_of(part):
+    alike: tuple[list, list] = [], []  # copied at once: a single pair of other strides would make all of them slow
+    for gradient, part in zip(gradients, parts, strict=True):
+        part = part.view_as(gradient)
+        if strides_of(gradient) == strides_of(part):
+            alike[0].append(gradient)
+            alike[1].append(part)
+        else:
             gradient.copy_(part)
+    if alike[0]:
+        torch._foreach_copy_(*alike)
 
 
 def strides_of(tensor: torch.Tensor) -> list[int]:

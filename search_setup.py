@@ -135,9 +135,9 @@ CONTROLLER_FLAGS = (
     ('expand', POSITIVE_INT, None, 'N: write N-1 copies of each architecture with swapped operands and hold 10 %% out '
      '(default: swap anew in each epoch, hold none out; NAO-V2: 10)'),
     ('epochs', POSITIVE_INT, PAPER.epochs, 'epochs of a fit'),
-    ('later_updates', COUNT, PAPER.later_updates, 'gradient steps of the fits after the first; 0: all epochs again'),
-    ('later_per_token', NOT_NEGATIVE, PAPER.later_per_token, 'the same for each token of an architecture; the larger of both '
-     'counts'),
+    ('later_updates', COUNT, PAPER.later_updates, 'gradient steps of the fits after the first'),
+    ('later_per_token', NOT_NEGATIVE, PAPER.later_per_token, 'the same for each token of an architecture; the larger counts; '
+     'both 0: all epochs again'),
     ('predictor_updates', COUNT, PAPER.predictor_updates, 'steps after each fit in which the predictor alone is fitted anew, '
      'from fresh weights; 0: it stays as fitted'),
     ('batch_size', POSITIVE_INT, PAPER.batch_size, 'architectures per step'),

@@ -317,12 +317,6 @@ class WeightSharingSearch(Search):
         kept = len(self.pool) - len(new)
         self.pool, self.born = self.pool[:kept] + new, self.born[:kept]
 
-    def warn_of_small_pool(self) -> None:
-        """Warn where new architectures take all places, those of the best too."""
-        if self.wanted() == len(self.pool) and len(self.measured()) > 1:
-            self.run.warn(f'--controller_new_arch={self.args.controller_new_arch} replaces all of a pool of {len(self.pool)}, '
-                          'the best too; a smaller one keeps them')
-
     def go_on(self) -> None:
         """Do phase after phase to the end."""
         self.run.part_ways()
@@ -369,7 +363,9 @@ class WeightSharingSearch(Search):
         training.log_share(run, self.batches)
         if self.phase == 'done':
             return
-        self.warn_of_small_pool()
+        if args.method == 'NAO-WS' and args.controller_new_arch >= len(self.pool) and len(self.measured()) > 1:
+            run.warn(f'--controller_new_arch={args.controller_new_arch} replaces all of a pool of {len(self.pool)}, the best '
+                     'too; a smaller one keeps them')
         step = search_cost.seconds_of_step(run, self.supernet, args.child_batch_size, valid.size, self.pool[0])
         score = search_cost.seconds_of_score(run, self.supernet, self.pool[0], min(args.child_eval_batch_size, valid.count),
                                              valid.size)
@@ -417,9 +413,6 @@ class IteratedSearch(Rounds, WeightSharingSearch):
     """
 
     fields = WeightSharingSearch.fields | {'round': int, 'began': int}
-
-    def warn_of_small_pool(self) -> None:
-        """New architectures join the others."""
 
     def is_scored(self, epoch: int) -> bool:
         """Whether all architectures are scored after so many epochs: the iteration is over."""

@@ -232,6 +232,7 @@ def test_later_fits_take_the_given_number_of_updates():
 def test_later_fits_of_the_best_preset_grow_with_the_length_of_an_architecture(length, wanted):
     assert fit_epochs(PRESETS['best'], 100, length, first=False) == wanted
     assert fit_epochs(PRESETS['best'], 100, length, first=True) == 300
+    assert fit_epochs(Settings(later_per_token=2.0), 100, length, first=False) == 2 * length  # without the other flag too
 
 
 def write_table(path, rows=300):
