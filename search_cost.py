@@ -45,7 +45,8 @@ def seconds_of_score(run: Run, supernet: nn.Module, arch: Any, images: int, imag
 def fits(run: Run, nao: controller.NAO, tokens: Tensor, settings: controller.Settings, counts: list[int],
          expand: int | None) -> Part:
     """The controllers' fits, each to so many architectures as `counts` says; tokens: (count, length) to measure with."""
-    nao, batch = copy.deepcopy(nao), tokens[:settings.batch_size]
+    nao = copy.deepcopy(nao).to(run.device)  # which lays a copied LSTM's weights side by side again, as a GPU wants them
+    batch = tokens[:settings.batch_size]
 
     def step() -> None:
         prediction, log_probs = nao.reconstruct(batch)

@@ -306,6 +306,10 @@ class Run:
                 self.reseed_one(name, rank, where)
                 self.log(f'the random numbers "{name}" of the checkpoint are of another kind of device: they begin anew, from '
                          f'--seed and {where}')
+        if self.rank < len(random) and ('device' in random[self.rank]) != ('device' in self.generators):  # CPU or not
+            self.reseed_one('device' if 'device' in self.generators else 'default', self.rank, where)
+            self.log('the random numbers of dropout in the checkpoint are of another kind of device: they begin anew, from '
+                     f'--seed and {where}')
 
     def reseed(self, *seed: Any) -> None:
         """Seed all generators from --seed and the given values, so that what follows depends on nothing before it."""

@@ -257,12 +257,14 @@ def test_classes_in_another_order_do_not_go_on_from_a_checkpoint():
             checkpoint.same_classes({'classes': ['ant', 'bee']}, classes, 'x.pt')
 
 
-def test_a_checkpoint_of_another_kind_of_device_draws_anew(trained, few, tmp_path):
+@pytest.mark.parametrize('name, words', [('data', '"data" of the checkpoint'), ('device', 'of dropout in the checkpoint')])
+def test_a_checkpoint_of_another_kind_of_device_draws_anew(name, words, trained, few, tmp_path):
     state = load(trained / 'checkpoint_best.pt')
-    state['random'][0]['data'] = torch.zeros(16, dtype=torch.uint8)  # as a GPU's generator
+    state['random'][0][name] = torch.zeros(16, dtype=torch.uint8)  # as a GPU's generator
     torch.save(state, tmp_path / 'checkpoint.pt')
     result = run(*TRAIN, '--epochs=3', f'--output_dir={tmp_path}', preamble=few)
-    assert result.status == 0 and 'the random numbers "data" of the checkpoint are of another kind of device' in result.out
+    assert result.status == 0, result
+    assert [line for line in result.out.splitlines() if 'of another kind of device: they begin anew' in line and words in line]
 
 
 def test_what_is_written_is_seen_to_the_disk(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 Besides these, test_processes.py has the computations of several processes on GPUs, with NCCL.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 from helpers import ROOT, TINY, Program, few_digits, fill, load, make_run, metrics, run, torchrun, write_images
 
 import architecture
+import datasets
+import training
 from model import NASNetworkCIFAR, NASNetworkImageNet
 from model_search import NASWSNetworkCIFAR
 
@@ -133,6 +136,78 @@ def test_a_step_has_the_gradients_of_the_cpus_plain_operations(kind, layout, dev
 def test_cells_are_compiled(device, few, tmp_path):
     trained(few + (EAGER if device == 'cpu' else ''), tmp_path, f'--device={device}', '--compile')
     error_of(few, tmp_path, f'--device={device}')
+
+
+@GPU
+@pytest.mark.parametrize('amp', ['off', 'bf16'])
+@pytest.mark.parametrize('kind', [NASNetworkCIFAR, NASNetworkImageNet, NASWSNetworkCIFAR])
+def test_no_step_waits_for_the_gpu(kind, amp):
+    """Between the first step and the end of an epoch, its batches included; --amp=fp16 asks for its scale at each step."""
+    run, path = make_run(device='cuda', amp=amp), [architecture.parse('0 1 1 2 2 0 0 3 0 3 1 0 2 2 1 4')]
+    shared = kind is NASWSNetworkCIFAR
+    network = run.place(kind(10, 1, 2, 4, 0.9, 0.9, kind is not NASNetworkImageNet, 10, *([] if shared else path))).train()
+    pixels, labels = torch.randint(1 << 24, (48, 72, 72), dtype=torch.int32), torch.arange(48) % 10
+    mean, std = torch.full((2, 3, 1, 1), 0.5)
+    images = datasets.ImageSet(*(tensor.to(run.device) for tensor in (pixels, labels, mean, std)), flip=True)
+
+    class Watched(datasets.TrainBatches):
+        def __iter__(self):
+            for done, batch in enumerate(super().__iter__(), start=1):
+                torch.cuda.set_sync_debug_mode('default' if done in (1, len(self)) else 'error')
+                yield batch
+    try:
+        values, steps = training.train_epoch(
+            run, lambda images, step: network(images, *(path if shared else []), step), training.sgd(run, network, 1e-4),
+            Watched(images, 8, torch.Generator(), cutout_size=8), title='', lr=0.01, step=0, clock=training.Clock(0, 6),
+            grad_bound=5.0, shares_weights=shared)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert steps == 6 and values['loss'] < 10
+
+
+LITTLE = """
+import torch
+total = torch.cuda.mem_get_info()[1]
+torch.cuda.set_per_process_memory_fraction(0.1 * 2 ** 30 / total)
+"""
+LITTLE_AT_FIRST = """
+import torch, candidates
+train = candidates.train_candidate
+
+def with_little(*args):
+    candidates.train_candidate = train
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-9)
+    try:
+        return train(*args)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+candidates.train_candidate = with_little
+"""
+
+
+@GPU
+@pytest.mark.parametrize('command, flag', [(CIFAR, '--channels=1024'), ([*SEARCH, '--method=NAO'], '--child_channels=1024')])
+def test_what_does_not_fit_into_the_gpu_is_said_in_one_line(command, flag, few, tmp_path):
+    result = run(*command, flag, f'--output_dir={tmp_path}', preamble=few + LITTLE)
+    assert result.status == 1 and len(result.err.splitlines()) == 1, result
+    assert 'the memory does not hold the network and a batch' in result.err
+
+
+@GPU
+def test_a_candidate_that_does_not_fit_counts_0(few, tmp_path):
+    result = run(*SEARCH, '--method=NAO', f'--output_dir={tmp_path}', preamble=few + LITTLE_AT_FIRST)
+    assert result.status == 0 and 'candidate 1/8 failed and counts 0: CUDA out of memory' in result.out, result
+    results = [json.loads(line) for line in (tmp_path / 'results.0.jsonl').read_text().splitlines()]
+    assert ['error' in result for result in results] == [True] + [False] * (len(results) - 1)
+
+
+@GPU
+def test_more_processes_than_gpus(few, tmp_path):
+    gpus = torch.cuda.device_count()
+    result = torchrun(gpus + 1, *CIFAR, '--epochs=1', f'--output_dir={tmp_path}', preamble=few).wait()
+    assert result.status and f'--device=cuda:{gpus} cannot be used here' in result.err, result
 
 
 @GPU

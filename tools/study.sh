@@ -3,7 +3,8 @@
 #   bash tools/study.sh DIR [JOB...]   DIR: train.zip and valid.zip, CIFAR-10 in class folders. Without a JOB all of them, in
 #                                      JOBS (2, at most 6) processes of one thread; it goes on where it was stopped
 # A job is one of the lines of `everything`, such as "searches 0 controller random". Runs go to OUT (exp/study), what is small
-# and finished to KEPT (docs/study), and is not made again where it is there: KEPT=DIR makes everything anew.
+# and finished to KEPT (docs/study), and is not made again where it is there: KEPT=DIR makes everything anew. DEVICE=cuda trains
+# on a GPU, in float32 as on the CPU.
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 data=${1:?DIR is missing: the directory of train.zip and valid.zip}
@@ -15,7 +16,7 @@ KEPT=${KEPT:-docs/study}
 cd "$root"
 export OMP_NUM_THREADS=1 OUT KEPT
 
-images=(--dataset=folder --zip_file --data="$data" --image_size=16 --device=cpu --train_images=5000)
+images=(--dataset=folder --zip_file --data="$data" --image_size=16 --train_images=5000 --device="${DEVICE:-cpu}" ${DEVICE:+--no-tf32})
 child=("${images[@]}" --valid_images=5000 --search_space=small --child_layers=1 --child_channels=8 --child_nodes=5
   --child_batch_size=64 --child_drop_path_keep_prob=1.0 --child_l2_reg=3e-4 --child_lr_max=0.1 --child_lr_min=0.001)
 alone=(--method=NAO "${child[@]}" --no-child_use_aux_head --child_epochs=4 --child_lr_epochs=4 --child_eval_batch_size=500)
