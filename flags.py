@@ -150,8 +150,8 @@ def add_run_flags(parser: Parser, output_dir: str, data: str = 'data') -> None:
     add(group, 'amp', 'mixed precision; off: float32 throughout', 'off', choices=['off', 'bf16', 'fp16'])
     group.add_argument('--tf32', action=argparse.BooleanOptionalAction, help='let NVIDIA GPUs round the factors of float32 '
                        'products to TF32; --no-tf32: not even those of convolutions (default: those of convolutions only)')
-    add(group, 'layout', 'of images in memory; auto: channels_last on CPUs, and on GPUs with --amp or TF32', 'auto',
-        choices=['auto', 'channels_last', 'contiguous'])
+    add(group, 'layout', 'of images in memory; auto: channels_last on CPUs, and on GPUs with --amp or, supernets apart, TF32',
+        'auto', choices=['auto', 'channels_last', 'contiguous'])
     add(group, 'save_every', 'also keep checkpoint_EPOCH.pt every N epochs; 0: only the last and the best', 0, type=COUNT)
     add(group, 'tensorboard', 'mirror metrics.jsonl for TensorBoard in --output_dir (needs the package tensorboard)', False,
         action='store_true')

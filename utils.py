@@ -337,9 +337,12 @@ class Run:
 
     @property
     def layout(self) -> torch.memory_format:
-        """How images and weights lie in memory: as --layout says, else channels-last where that is known to be fast."""
-        cuda = self.device.type == 'cuda'
-        fast = self.device.type == 'cpu' or (cuda and (self.amp_dtype is not None or self.tf32[0]))
+        """How images and weights lie in memory: as --layout says, else channels-last where that is known to be fast.
+
+        A supernet's many small convolutions are slower so on a GPU (docs/speed.md).
+        """
+        cuda, supernet = self.device.type == 'cuda', getattr(self.args, 'method', 'NAO') != 'NAO'
+        fast = self.device.type == 'cpu' or (cuda and (self.amp_dtype is not None or (self.tf32[0] and not supernet)))
         return LAYOUTS[self.args.layout] or (torch.channels_last if fast else torch.contiguous_format)
 
     def place(self, model: nn.Module) -> nn.Module:
