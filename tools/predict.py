@@ -42,7 +42,7 @@ def read_image(path: Path, imagenet: bool, dataset: str, images: dict[str, Any] 
         raise flags.UserError(f'{path}: cannot be read ({reason})') from None
     if imagenet:
         transform, statistics = image_files.middle, (image_files.IMAGENET_MEAN, image_files.IMAGENET_STD)
-    elif dataset == 'folder':
+    elif datasets.SOURCES[dataset].mean is None:  # measured on the training images
         transform = partial(class_folders.resize, height=images['size'], width=images['size'])
         statistics = (images['mean'], images['std'])
     else:
@@ -76,7 +76,7 @@ def main() -> None:
     state = checkpoint.load(args.checkpoint)
     imagenet = hasattr(network, 'stem0')
     dataset = 'imagenet' if imagenet else state['args'].get('dataset') or 'cifar10'
-    if dataset == 'folder' and not isinstance(state.get('images'), dict):
+    if not imagenet and datasets.SOURCES[dataset].mean is None and not isinstance(state.get('images'), dict):
         raise flags.UserError(f'{args.checkpoint}: has no "images", which says how the images it was trained on were scaled')
     names = class_names(state, dataset, network.classes)
 
