@@ -12,7 +12,7 @@ CPU_IMAGES = 2  # that a CPU adjusts at once: its cache holds no more
 GREY = (.2989, .587, .114)  # what red, green and blue add to a grey pixel
 
 
-class Draws(NamedTuple):
+class PhotoDraws(NamedTuple):
     """The random numbers of an image's augmentation; with `jitter` and `mirrored` stacked, those of a batch."""
 
     box: tuple[int, int, int, int]  # of the crop: top, left, height, width
@@ -21,12 +21,12 @@ class Draws(NamedTuple):
     order: Tensor  # (4,) which of them comes first, second, ...
 
 
-def draw(image: Tensor) -> Draws:
+def draw(image: Tensor) -> PhotoDraws:
     """Draw for an image (3, h, w) from PyTorch's default generator what torchvision's transforms of these names would."""
     box = transforms.RandomResizedCrop.get_params(image, SCALE, RATIO)
     mirrored = torch.rand(()) < 0.5
     order, *factors = transforms.ColorJitter.get_params(*STRENGTHS)
-    return Draws(box, mirrored, torch.tensor(factors), order)
+    return PhotoDraws(box, mirrored, torch.tensor(factors), order)
 
 
 def grey(images: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Images (batch, 3, h, w) of 0-1, changed in place in the order that is drawn for each; as torchvision's ColorJitter.
 
-    factors and order: (batch, 4), see Draws, on the CPU: which images come together must not be asked of a GPU.
+    factors and order: (batch, 4), see PhotoDraws, on the CPU: which images come together must not be asked of a GPU.
     """
     for step in order.unbind(1):
         for number, adjust in enumerate(ADJUSTMENTS):

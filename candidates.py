@@ -40,16 +40,18 @@ class Recipe(NamedTuple):
     best_epoch: bool = False  # judged by the best epoch, not by the last one
 
 
-def read_results(run: Run, kind: str) -> dict[str, float]:
-    """Architecture -> accuracy, 0-1, of all trainings of a kind that any process has finished; all call it together.
+def read_results(run: Run, recipe: Recipe) -> dict[str, float]:
+    """Architecture -> accuracy, 0-1, of all trainings by a recipe that any process has finished; all call it together.
 
-    Those that failed before this program began do not count: they are tried again, perhaps with flags that help.
+    Those of another number of epochs do not count, nor those that failed before this program began: they are tried again,
+    perhaps with flags that help.
     """
     mine = {}
     given = getattr(run.args, 'child_results', None)  # those of another search
     for path in [*filter(None, [given and Path(given)]), *sorted(run.output_dir.glob('results.*.jsonl'))]:
-        for result in read_records(path, {kind: {'arch': str, 'accuracy': (int, float)}}):
-            if result['kind'] == kind and ('error' not in result or (kind, result['arch']) in run.failed):
+        for result in read_records(path, {recipe.kind: {'arch': str, 'accuracy': (int, float)}}):
+            if (result['kind'] == recipe.kind and result.get('epochs', recipe.epochs) == recipe.epochs
+                    and ('error' not in result or (recipe.kind, result['arch']) in run.failed)):
                 mine[result['arch']] = result['accuracy']
     return {arch: accuracy for part in run.gather(mine) for arch, accuracy in part.items()}
 
@@ -89,37 +91,46 @@ def train_candidate(run: Run, recipe: Recipe, arch: Architecture, title: str = '
     return (max(accuracies) if recipe.best_epoch else accuracies[-1]) / 100
 
 
+def train_and_record(run: Run, recipe: Recipe, arch: Architecture, title: str) -> float:
+    """Train one architecture, in this process alone; its accuracy, 0-1, which is on the disk then.
+
+    One that is at fault itself (it does not fit into its device's memory, or its loss is not finite) is logged and counts 0;
+    whatever else fails raises flags.Stopped and is recorded nowhere.
+    """
+    start, more, alone = time.monotonic(), {}, run.alone()
+    try:
+        accuracy = train_candidate(alone, recipe, arch, title)
+    except (RuntimeError, NotFiniteError) as error:
+        reason = str(error).partition('\n')[0]
+        if not isinstance(error, NotFiniteError) and not any(words in reason for words in MEMORY):
+            raise Stopped(f'{title}failed: {known_end(error) or reason}; it is not recorded, and the same command tries '
+                          'again') from error
+        accuracy, more = 0.0, {'error': reason}
+        run.failed[recipe.kind, str(arch)] = reason
+        alone.log(f'{title}failed and counts 0: {reason}')
+    append_line(run.output_dir / f'results.{run.rank}.jsonl', json.dumps(
+        {'kind': recipe.kind, 'arch': str(arch), 'accuracy': accuracy, 'epochs': recipe.epochs,
+         'seconds': time.monotonic() - start, **more}))
+    checkpoint_of(run, recipe.kind, str(arch)).unlink(missing_ok=True)
+    return accuracy
+
+
 def train_all(run: Run, recipe: Recipe, archs: Sequence[Architecture], number: int, to_come: int = 0) -> list[float]:
     """The accuracies of architectures, 0-1; those that have no result yet are trained, by all processes together.
 
     number: of the round, by which the queue is called; to_come: how many trainings later rounds may ask for, for the estimate
-    of the time that is left. One that is at fault itself (it does not fit into its device's memory,
-    or its loss is not finite) is logged and counts 0; whatever else fails raises flags.Stopped and is recorded nowhere, as do
-    failures of all.
+    of the time that is left. Raises flags.Stopped if all of them fail.
     """
-    results = read_results(run, recipe.kind)
+    results = read_results(run, recipe)
     for arch in archs:
         if str(arch) in results:  # recorded just before its process was killed
             checkpoint_of(run, recipe.kind, str(arch)).unlink(missing_ok=True)
     todo = [arch for arch in dict.fromkeys(archs) if str(arch) not in results]
     clock = training.Clock(0, len(todo) + to_come)
     for index in run.queue(f'{recipe.kind} {number}', len(todo)):
-        arch, start, more, alone = todo[index], time.monotonic(), {}, run.alone()
         title = f'{recipe.kind} {len(archs) - len(todo) + index + 1}/{len(archs)} '
-        try:
-            accuracy = train_candidate(alone, recipe, arch, title)
-        except (RuntimeError, NotFiniteError) as error:
-            reason = str(error).partition('\n')[0]
-            if not isinstance(error, NotFiniteError) and not any(words in reason for words in MEMORY):
-                raise Stopped(f'{title}failed: {known_end(error) or reason}; it is not recorded, and the same command tries '
-                              'again') from error
-            accuracy, more = 0.0, {'error': reason}
-            run.failed[recipe.kind, str(arch)] = reason
-            alone.log(f'{title}failed and counts 0: {reason}')
-        append_line(run.output_dir / f'results.{run.rank}.jsonl', json.dumps(
-            {'kind': recipe.kind, 'arch': str(arch), 'accuracy': accuracy, 'seconds': time.monotonic() - start, **more}))
-        checkpoint_of(run, recipe.kind, str(arch)).unlink(missing_ok=True)
-        alone.log(f'{title}accuracy {accuracy:.4f}, all of them left {clock.left(index + 1)}')
+        accuracy = train_and_record(run, recipe, todo[index], title)
+        run.alone().log(f'{title}accuracy {accuracy:.4f}, all of them left {clock.left(index + 1)}')
     run.reseed(f'after {recipe.kind}', number)  # who trained what must not matter to what follows
     for part in run.gather(run.failed):
         run.failed.update(part)
@@ -127,5 +138,5 @@ def train_all(run: Run, recipe: Recipe, archs: Sequence[Architecture], number: i
     if todo and all(reasons):
         raise Stopped(f'all {len(archs)} trainings failed, the last one so: {reasons[-1]}; the same command tries again, '
                       'perhaps with a smaller batch or learning rate')
-    results = read_results(run, recipe.kind)
+    results = read_results(run, recipe)
     return [results[str(arch)] for arch in archs]

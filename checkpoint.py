@@ -24,7 +24,8 @@ NUMPY_NUMBER = [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], '
                 type(np.dtype(np.float64)), type(np.dtype(np.float32))]  # what a pickled one, such as an accuracy, needs
 
 # Flags by which a run is another one; what is changed beside these goes on as the same run.
-ANOTHER_RUN = ('seed', 'dataset', 'method', 'search_space', 'proposer', 'train_images', 'valid_images', 'holdout')
+ANOTHER_RUN = ('seed', 'dataset', 'method', 'search_space', 'proposer', 'image_size', 'train_images', 'valid_images',
+               'holdout')
 
 NUMBER = (int, float, np.number, Tensor)  # what an accuracy may be
 IMAGES = {'classes': [str], 'size': int, 'mean': [float], 'std': [float]}  # see datasets.ImageSet.info
@@ -66,7 +67,7 @@ def load(path: str | Path, flag: str = '--output_dir') -> dict[str, Any]:
         reason = 'it holds more than tensors and numbers' if isinstance(error, pickle.UnpicklingError) else (
             f'{error}'.partition('\n')[0][:100] or type(error).__name__)
         raise UserError(f'{path}: is not a readable checkpoint ({reason}); it is cut off, damaged or another kind of file; '
-                        f'to begin anew delete it or name another {flag}') from None
+                        f'to begin anew name another {flag}') from None
     args = state.get('args', {}) if isinstance(state, dict) else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict) or not isinstance(state.get('model'), dict) or not all(

@@ -183,8 +183,11 @@ def available_memory() -> float:
         free = next(int(line.split()[1]) * 1024 for line in Path('/proc/meminfo').read_text().splitlines()
                     if line.startswith('MemAvailable'))
         limit = Path('/sys/fs/cgroup/memory.max')
-        return min(free, int(limit.read_text())) if limit.exists() and limit.read_text() != 'max\n' else free
-    except (OSError, StopIteration, ValueError):
+        if not limit.exists() or limit.read_text() == 'max\n':
+            return free
+        taken = dict(line.split() for line in limit.with_name('memory.stat').read_text().splitlines())['anon']
+        return min(free, int(limit.read_text()) - int(taken))
+    except (OSError, StopIteration, KeyError, ValueError):
         return math.inf
 
 

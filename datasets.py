@@ -2,7 +2,7 @@
 
 CIFAR-10, CIFAR-100, the embedded digits and folders of small images live whole, as one tensor of packed pixels, on the
 training device; crop, flip, normalise and cutout are batched tensor operations there. A batch is (images (batch, 3, h, w)
-float in channels-last layout, labels (batch,) int64).
+float, labels (batch,) int64).
 """
 
 import argparse
@@ -57,10 +57,6 @@ class ImageSet:
         """The images with these indices; a range of them without copying them."""
         chosen = slice(indices.start, indices.stop) if isinstance(indices, range) else indices.to(self.labels.device)
         return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
-
-    def subset(self, count: int, seed: int) -> 'ImageSet':
-        """`count` of the images, drawn by the seed, as many of each class as it goes. Raises UserError if there are fewer."""
-        return self.select(draw_balanced(self.labels, count, seed))
 
 
 def draw_balanced(labels: 'Tensor | list[int]', count: int, seed: int) -> Tensor:
@@ -140,7 +136,8 @@ def _load_folder(root: Path, train: bool, folder: Folder) -> Raw:
     place, found = find_images(root, ('train',) if train else ('valid', 'val', 'test'), folder.zipped, folder.show)
     classes = folder.classes or sorted({name for _, name in found})
     labels, files, broken = label(place, found, classes, folder.show), Files(place), {}
-    needed, free = len(found) * (7 * folder.size ** 2 + 4 * (folder.size + 2 * CROP_PADDING) ** 2), available_memory()
+    needed = len(found) * (7 * folder.size ** 2 + 4 * (folder.size + 2 * CROP_PADDING) ** 2)
+    free = available_memory() / int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # each process has its own copy
     if needed > free:
         raise UserError(f'{place}: {len(found)} images of {folder.size}×{folder.size} pixels need {needed / 2**30:.1f} GiB of '
                         f'memory, of which {free / 2**30:.1f} are free; a smaller --image_size may do')

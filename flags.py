@@ -219,6 +219,8 @@ def run_program(main: Callable[[], None], goes_on: bool = True) -> None:
     except BrokenPipeError:  # such as `| head`
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 - what is left would raise again at the end
         status, line = 1, 'stopped: whoever read the output is gone'
+    except PermissionError as error:
+        status, line = 2, f'error: {error.filename}: {error.strerror}; name a place that you may read, and write to'
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

@@ -46,6 +46,7 @@ def naonet(arch: str | None = None, checkpoint: str | Path | None = None, *, ima
     network = (NASNetworkImageNet if imagenet else NASNetworkCIFAR)(
         classes, layers, len(parsed.normal) // 4, channels, keep_prob, drop_path_keep_prob, use_aux_head, steps, parsed)
     if checkpoint:
+        checkpoints.same_architecture(state, network.arch, checkpoint)
         checkpoints.fill_model(network, weights, checkpoint)
     return network
 

@@ -1,6 +1,6 @@
 """Images in files (ImageNet): held in memory or read when needed, decoded and transformed by worker processes.
 
-A batch is (images (batch, 3, 224, 224) float in channels-last layout, labels (batch,) int64).
+A batch is (images (batch, 3, 224, 224) float, labels (batch,) int64).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import flags
 import work_queue
-from augment import Draws, colour_jitter, draw, mirror, send
+from augment import PhotoDraws, colour_jitter, draw, mirror, send
 from class_folders import UNREADABLE, Broken, Files, available_memory, decode, find_images, for_each, label, resize
 from datasets import batch_bounds, normalise, share_of, training_bounds
 from flags import UserError
@@ -164,7 +164,7 @@ class ImageFiles(torch.utils.data.Dataset):
         if not any(isinstance(self.evaluated()[0, index], tuple) for index in looked_at):
             raise UserError(f'{self.place}: images cannot be decoded, {self.names[0]} for one; copy the data anew')
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, Draws | None] | str:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, PhotoDraws | None] | str:
         epoch, index = key
         try:
             image = decode(self.read(index))
@@ -179,7 +179,8 @@ class ImageFiles(torch.utils.data.Dataset):
         return resize(image[:, top:top + height, left:left + width], IMAGE_SIZE, IMAGE_SIZE), self.labels[index], draws
 
 
-def collate(items: list[tuple[Tensor, int, Draws | None] | str], full: bool) -> tuple[Tensor, Tensor, list[Tensor], list[str]]:
+def collate(items: list[tuple[Tensor, int, PhotoDraws | None] | str], full: bool
+            ) -> tuple[Tensor, Tensor, list[Tensor], list[str]]:
     """Images (batch, 3, h, w) uint8, labels (batch,) and draws (see `augment`) of what could be decoded; names of the rest.
 
     full: good images of the batch take the places of broken ones, so that training's batches keep their size.

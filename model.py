@@ -172,6 +172,7 @@ class Backbone(nn.Module):
     """
 
     layout: torch.memory_format | None = None
+    is_supernet = False
 
     def __init__(self, classes: int, layers: int, nodes: int, channels: int, keep_prob: float,
                  drop_path_keep_prob: float, use_aux_head: bool, steps: int):

@@ -138,6 +138,8 @@ class WSCell(nn.Module):
 class Supernet(Backbone):
     """A backbone whose cells hold the weights of all architectures of the small space."""
 
+    is_supernet = True
+
     def make_cell(self, inputs: Sequence[Shape], channels: int, reduction: bool) -> WSCell:
         """A cell for inputs of the given shapes."""
         return WSCell(self.nodes, inputs, channels, reduction)
@@ -173,13 +175,14 @@ def score_pool(run: Run, supernet: Supernet, pool: Sequence[Architecture], image
     """
     supernet.eval()
     right = torch.zeros(len(pool), device=run.device)
-    for index in range(run.rank, len(pool), run.world):
-        with run.autocast():
-            logits, _ = supernet(images, pool[index], bn_train=True)
-        right[index] = (logits.argmax(1) == labels).sum()
-        progress = f'scored {index + 1}/{len(pool)} architectures'
-        if (index + 1) % LOG_EVERY == 0:
-            run.log(progress)
-        elif run.live.due:
-            run.live.show(progress)
+    with run.meeting():
+        for index in range(run.rank, len(pool), run.world):
+            with run.autocast():
+                logits, _ = supernet(images, pool[index], bn_train=True)
+            right[index] = (logits.argmax(1) == labels).sum()
+            progress = f'scored {index + 1}/{len(pool)} architectures'
+            if (index + 1) % LOG_EVERY == 0:
+                run.log(progress)
+            elif run.live.due:
+                run.live.show(progress)
     return [count / len(labels) for count in run.sum(right).tolist()]

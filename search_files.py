@@ -64,7 +64,8 @@ def load(search: Any) -> dict[str, Any] | None:
         raise UserError(f'{path} is not the checkpoint of a search by --method={args.method}; name another --output_dir')
     checkpoint.require(state, search.fields | {'controller': list, 'pool': list, 'random': list, 'scaler': dict,
                                                'metrics_bytes': int}, path)
-    checkpoint.same_run(state, args, path, names=(*checkpoint.ANOTHER_RUN, 'image_size', 'child_layers', 'child_channels'))
+    checkpoint.same_run(state, args, path, names=(
+        *checkpoint.ANOTHER_RUN, 'child_layers', 'child_channels', *['child_epochs'] * (method == 'NAO')))
     checkpoint.same_images(state, search.task.images, path)
     search_setup.fill_controllers(search.naos, state, path)
     try:

@@ -19,7 +19,7 @@ import image_files
 import training
 from architecture import Architecture
 from candidates import Recipe
-from disk import need_file
+from disk import need_file, read_records
 from flags import (
     BATCH,
     CHANNELS,
@@ -43,7 +43,7 @@ from flags import (
 from model import AUX_HEAD_IMAGE, FixedNetwork, NASNetworkCIFAR, NASNetworkImageNet, check_image_size
 from model_search import NASWSNetworkCIFAR, NASWSNetworkImageNet, Supernet
 from proposers import PROPOSERS
-from utils import RESULTS, Run
+from utils import WORK, Run
 
 PAPER = controller.PRESETS['paper']
 TRAIN_SHARE = 0.9  # of the training images; the rest validates
@@ -67,7 +67,7 @@ NO_EFFECT = (  # flags of the reference that do nothing
     'controller_decoder_length', 'controller_decoder_vocab_size')
 SHARED, SMALL = ('NAO-WS', 'NAO-V2'), ('cifar10', 'cifar100', 'digits', 'folder')
 MATTERS = {  # flags that change something only where another one has one of these values
-    'rounds': ('method', ('NAO', 'NAO-V2')), 'child_eval_epochs': ('method', ('NAO-WS',)),
+    'save_every': ('method', SHARED), 'rounds': ('method', ('NAO', 'NAO-V2')), 'child_eval_epochs': ('method', ('NAO-WS',)),
     'child_results': ('method', ('NAO',)), 'child_sampling': ('method', SHARED), 'child_rank_epochs': ('method', SHARED),
     'child_cutout_size': ('dataset', SMALL), 'child_lr_max': ('dataset', SMALL), 'child_lr_min': ('dataset', SMALL),
     'child_lr_epochs': ('dataset', SMALL), 'child_lr': ('dataset', ('imagenet',)), 'child_gamma': ('dataset', ('imagenet',)),
@@ -252,9 +252,13 @@ def check(args: argparse.Namespace) -> None:
         given = Path(args.child_results)
         if not given.is_file():
             raise UserError(f'--child_results={given}: there is no such file')
-        if RESULTS.fullmatch(given.name) and given.resolve().parent == Path(args.output_dir).resolve():
+        if WORK.fullmatch(given.name) and given.resolve().parent == Path(args.output_dir).resolve():
             raise UserError(f'--child_results={given}: is of --output_dir itself, which needs no flag to go on and puts '
                             'results aside to begin anew; copy it to another place')
+        for result in read_records(given, {}):
+            if result['kind'] == 'candidate' and result.get('epochs', args.child_epochs) != args.child_epochs:
+                raise UserError(f'--child_results={given}: has trainings of {result["epochs"]} epochs; give --child_epochs='
+                                f'{result["epochs"]}, or leave it out')
     listed = args.child_eval_epochs if isinstance(args.child_eval_epochs, list) else []
     if args.method == 'NAO-WS' and listed and max(listed) > args.child_epochs:
         raise UserError(f'--child_eval_epochs names epoch {max(listed)}, but there are {args.child_epochs} epochs')
@@ -311,6 +315,7 @@ def first_pool(args: argparse.Namespace, space: architecture.Vocabulary, run: Ru
     distinct = list(dict.fromkeys(pool))
     if len(distinct) < len(pool):
         run.log(f'{path}: {len(pool) - len(distinct)} of its {len(pool)} lines repeat others and are left out')
+    run.log(f'the search starts from the {len(distinct)} architectures of {path}')
     return distinct
 
 

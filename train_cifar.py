@@ -1,4 +1,4 @@
-"""Train or test the network of one architecture on CIFAR-10, CIFAR-100 or the embedded digits (paper, section 5.2).
+"""Train or test the network of one architecture on CIFAR, the digits or a folder of small images (paper, section 5.2).
 
     python train_cifar.py --fixed_arc="0 1 0 2 ..." --output_dir=exp/mine        # train; again: goes on where it stopped
     python train_cifar.py --fixed_arc=exp/search_cifar10/arch_pool.final --arc_index=1 --use_aux_head --cutout_size=16
@@ -9,6 +9,7 @@ bash train_NAONet_A_36_cifar10.sh and its neighbours are the published settings.
 
 import argparse
 from functools import partial
+from typing import Any
 
 import datasets
 import training
@@ -18,8 +19,8 @@ from model import NASNetworkCIFAR, check_image_size
 from utils import Run
 
 
-def parse_args() -> tuple[argparse.Namespace, Architecture]:
-    """The program's flags, and the architecture that they name."""
+def parse_args() -> tuple[argparse.Namespace, Architecture, dict[str, Any] | None]:
+    """The program's flags, the architecture that they name, and the checkpoint to test; see training.parse_training_flags."""
     parser = Parser('Train or test the network of one architecture on small images.')
     add_run_flags(parser, output_dir='exp/cifar')
     training.add_training_flags(parser, batch_size=128, eval_batch_size=500, epochs=600, l2_reg=3e-4)
@@ -31,15 +32,15 @@ def parse_args() -> tuple[argparse.Namespace, Architecture]:
     add(group, 'lr_max', 'learning rate of the first epoch', 0.025, type=POSITIVE)
     add(group, 'lr_min', 'learning rate that the cosine ends at', 0.0, type=NOT_NEGATIVE)
     add(group, 'grad_bound', 'gradients are clipped to this norm', 5.0, type=POSITIVE)
-    args, arch = training.parse_training_flags(parser)
+    args, arch, tested = training.parse_training_flags(parser)
     if args.lr_min > args.lr_max:
         raise UserError(f'--lr_min={args.lr_min:g} is above --lr_max={args.lr_max:g}')
-    return args, arch
+    return args, arch, tested
 
 
 def main() -> None:
     """Train or test, as --mode says."""
-    args, arch = parse_args()
+    args, arch, tested = parse_args()
     run = Run(args)
     load = partial(datasets.load, args.dataset, args.data, device=run.device, flip=args.flip,
                    folder=datasets.Folder(args.zip_file, args.image_size, show=run.is_first))
@@ -50,10 +51,10 @@ def main() -> None:
 
     def eval_batches(images: datasets.ImageSet) -> datasets.EvalBatches:
         return datasets.EvalBatches(images, args.eval_batch_size, run.rank, run.world)
-    if args.mode == 'test':
-        info = training.tested(args)[1].get('images') or run.first_alone(partial(load, train=True)).info
+    if tested:
+        info = tested.get('images') or run.first_alone(partial(load, train=True)).info
         test_set = run.first_alone(partial(load, train=False, info=info))
-        training.test_network(run, partial(build, len(test_set.classes)), eval_batches(test_set))
+        training.test_network(run, tested, partial(build, len(test_set.classes)), eval_batches(test_set))
         return
     images = run.first_alone(partial(load, train=True))
     check_image_size(images.size, args.use_aux_head)

@@ -11,6 +11,7 @@
 import argparse
 import sys
 from functools import partial
+from typing import Any
 
 import datasets
 import image_files
@@ -34,8 +35,8 @@ LR_PER_IMAGE = 0.1 / 128
 NO_EFFECT = ('momentum', 'cutout_size')  # flags of the reference that do nothing
 
 
-def parse_args() -> tuple[argparse.Namespace, Architecture]:
-    """The program's flags, and the architecture that they name."""
+def parse_args() -> tuple[argparse.Namespace, Architecture, dict[str, Any] | None]:
+    """The program's flags, the architecture that they name, and the checkpoint to test; see training.parse_training_flags."""
     parser = Parser('Train or test the network of one architecture on images in class folders.')
     add_run_flags(parser, output_dir='exp/imagenet', data='imagenet/raw-data')
     image_files.add_flags(parser)
@@ -48,16 +49,16 @@ def parse_args() -> tuple[argparse.Namespace, Architecture]:
     add(group, 'label_smooth', 'share of a label given to all classes', 0.1, type=FRACTION)
     add(group, 'grad_clip', 'gradients are clipped to this norm', 5.0, type=POSITIVE)
     without_effect(parser, *NO_EFFECT)
-    args, arch = training.parse_training_flags(parser)
+    args, arch, tested = training.parse_training_flags(parser)
     drop_without_effect(args, *NO_EFFECT)
-    return args, arch
+    return args, arch, tested
 
 
 def main() -> None:
     """Train or test, as --mode says."""
-    args, arch = parse_args()
+    args, arch, tested = parse_args()
     run = Run(args)
-    if args.mode == 'train' and run.is_first and abs(args.lr / (LR_PER_IMAGE * args.batch_size) - 1) > 0.01:
+    if not tested and run.is_first and abs(args.lr / (LR_PER_IMAGE * args.batch_size) - 1) > 0.01:
         print(f'warning: --lr={args.lr:g} with --batch_size={args.batch_size}: the published results keep 0.1 per 128 images, '
               f'which is --lr={LR_PER_IMAGE * args.batch_size:g}', file=sys.stderr, flush=True)
     make = partial(image_files.FileBatches, device=run.device, workers=args.workers, rank=run.rank, world=run.world)
@@ -65,9 +66,9 @@ def main() -> None:
     def build(classes: list[str], use_aux_head: bool, steps: int = 1) -> NASNetworkImageNet:
         return NASNetworkImageNet(len(classes), args.layers, args.nodes, args.channels, args.keep_prob,
                                   args.drop_path_keep_prob, use_aux_head, steps, arch)
-    if args.mode == 'test':
-        files = image_files.open_tested(args.data, args.zip_file, training.tested(args)[1].get('classes'), run.is_first)
-        training.test_network(run, partial(build, files.classes), make(files, args.eval_batch_size))
+    if tested:
+        files = image_files.open_tested(args.data, args.zip_file, tested.get('classes'), run.is_first)
+        training.test_network(run, tested, partial(build, files.classes), make(files, args.eval_batch_size))
         return
     train_files, valid_files, classes = image_files.open_files(
         args.data, args.zip_file, args.lazy_load, args.seed, run.store, run.is_first)

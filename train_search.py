@@ -145,7 +145,7 @@ class Search:
 
     # The pool.
 
-    def name(self) -> int:
+    def file_number(self) -> int:
         """What this round's files are called by."""
         return self.number()
 
@@ -158,7 +158,7 @@ class Search:
         """Sort the pool by its accuracies, best first, and write it as arch_pool and arch_pool.NAME."""
         order = sorted(range(len(self.pool)), key=lambda index: -accuracies[index])
         self.pool, self.accuracies, self.born = ([values[i] for i in order] for values in (self.pool, accuracies, self.born))
-        for suffix in (f'.{self.name()}', ''):
+        for suffix in (f'.{self.file_number()}', ''):
             search_files.write_pool(self.run, suffix, self.pool, self.accuracies)
         madds = [self.budget.count(arch).madds for arch in self.pool]
         search_files.write_front(self.run, self.pool, self.accuracies, madds)
@@ -190,7 +190,8 @@ class Search:
 
     def fit(self) -> None:
         """Fit the controllers to the pool and its accuracies (paper, section 3.2-3.3)."""
-        report = proposers.fit(self.run, self.known(), self.args.controller_expand, first=not self.fits)
+        with self.run.meeting():  # one process may be slower by more than the others would wait for it elsewhere
+            report = proposers.fit(self.run, self.known(), self.args.controller_expand, first=not self.fits)
         self.share_controllers()
         self.fits += 1
         self.run.write_metrics(kind='controller', search_epoch=self.number(), **report)
@@ -212,7 +213,7 @@ class Search:
         self.run.write_metrics(kind='new', epoch=self.number(), new=len(lines), per_lambda=notes.get('written per λ', {}))
         born = max(self.born) + 1
         self.replace([architecture.parse(line) for line in lines])
-        self.rounds.append([self.name(), born])
+        self.rounds.append([self.file_number(), born])
         self.born = self.born + list(range(born, born + len(lines)))
         search_files.write_pool(self.run, '', self.pool)
 
@@ -396,7 +397,7 @@ class Rounds:
         """Add new architectures to the pool."""
         self.pool, self.round, self.has_work = self.pool + new, self.round + 1, bool(new)
 
-    def name(self) -> int:
+    def file_number(self) -> int:
         """What this round's files are called by."""
         return self.round
 
@@ -456,7 +457,7 @@ class CompleteSearch(Rounds, Search):
 
     def progress(self) -> str:
         """How far the search is, for the log."""
-        results = candidates.read_results(self.run, 'candidate')
+        results = candidates.read_results(self.run, self.task.candidate)
         return f'{sum(str(arch) in results for arch in self.pool)} of {len(self.pool)} architectures in round {self.round}'
 
     def log_start(self) -> None:

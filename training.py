@@ -318,16 +318,15 @@ def test_once(run: Run, model: nn.Module, test_batches: Iterable, held_out: int)
     run.write_metrics(kind='final', epoch=chosen['epoch'], test=values)
 
 
-def tested(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """The path of what --mode=test tests, and the checkpoint itself. Raises UserError."""
-    path = Path(args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt')
-    return path, checkpoint.load_network(path)
+def tested_path(args: argparse.Namespace) -> Path:
+    """The checkpoint that --mode=test tests."""
+    return Path(args.checkpoint or Path(args.output_dir) / 'checkpoint_best.pt')
 
 
-def test_network(run: Run, build: Callable[[bool], nn.Module], eval_batches: Iterable) -> dict[str, float]:
-    """Evaluate checkpoint_best.pt, or --checkpoint, and log its errors; build(use_aux_head) makes the network."""
-    path, state = tested(run.args)
-    weights = state['model']
+def test_network(run: Run, state: dict[str, Any], build: Callable[[bool], nn.Module], eval_batches: Iterable
+                 ) -> dict[str, float]:
+    """Evaluate a checkpoint, that of `tested_path`, and log its errors; build(use_aux_head) makes the network."""
+    path, weights = tested_path(run.args), state['model']
     model = run.place(build(any(name.startswith('auxiliary_head.') for name in weights)))
     checkpoint.same_architecture(state, model.arch, path)
     checkpoint.same_classes(state, eval_batches.classes, path)
@@ -403,15 +402,16 @@ def add_training_flags(parser: Parser, batch_size: int, eval_batch_size: int, ep
     add(group, 'compile', 'compile each cell with torch.compile (minutes, then faster on GPUs)', False, action='store_true')
 
 
-def parse_training_flags(parser: Parser) -> tuple[argparse.Namespace, architecture.Architecture]:
+def parse_training_flags(parser: Parser) -> tuple[argparse.Namespace, architecture.Architecture, dict[str, Any] | None]:
     """Parse a training program's flags; in test mode the checkpoint answers for what they leave out.
 
-    Returns them and the architecture that --fixed_arc and --arc_index name, which in the flags is then spelled out: a
-    checkpoint must not depend on a pool file that a later search rewrites. Raises UserError.
+    Returns them, the architecture that --fixed_arc and --arc_index name, which in the flags is then spelled out (a checkpoint
+    must not depend on a pool file that a later search rewrites), and in test mode the checkpoint. Raises UserError.
     """
-    args = parser.parse_args()
+    args, state = parser.parse_args(), None
     if args.mode == 'test':
-        path, state = tested(args)
+        path = tested_path(args)
+        state = checkpoint.load_network(path)
         saved = state['args'] | {'fixed_arc': checkpoint.architecture_of(state)}
         known = [f'--{name}={saved[name]}' for name in ('fixed_arc', 'dataset', 'layers', 'nodes', 'channels')
                  if saved.get(name) is not None and hasattr(args, name)]
@@ -426,4 +426,4 @@ def parse_training_flags(parser: Parser) -> tuple[argparse.Namespace, architectu
     except architecture.ArchitectureError as error:
         raise UserError(f'--fixed_arc: {error}') from None
     args.fixed_arc, args.arc_index, args.nodes = str(arch), 0, len(arch.normal) // 4
-    return args, arch
+    return args, arch, state

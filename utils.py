@@ -37,9 +37,9 @@ from progress import EventFile, LiveLine
 
 LAYOUTS = {'auto': None, 'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}  # of --layout
 LOG_EVERY = 100  # steps between two log lines
-# What a run leaves that cannot go on, as its checkpoint is gone.
+# What a run leaves that cannot go on, as its checkpoint is gone: what is of no use then, and what may be the work of weeks.
 LEFTOVER = re.compile(r'metrics\.jsonl|(candidate|rank)-[0-9a-f]{8}\.pt')
-RESULTS = re.compile(r'results\.\d+\.jsonl')  # of trainings, perhaps weeks of them
+WORK = re.compile(r'checkpoint_best\.pt|results\.\d+\.jsonl')
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -187,7 +187,7 @@ class Run:
 
     def alone(self) -> 'Run':
         """A run for work that this process does by itself: one process, one device, its log lines under its rank."""
-        other = copy.copy(self)
+        other = copy.copy(self)  # its generators and what failed are this run's
         other.rank, other.world, other.devices = 0, 1, [self.device]
         other.scaler = self.new_scaler()
         other.prefix = f'[rank {self.rank}] ' if self.world > 1 else ''
@@ -214,8 +214,7 @@ class Run:
     def open_output(self, anew: bool) -> None:
         """Create the output directory, on every machine; raises UserError if nothing can be written there.
 
-        anew: there is no checkpoint to go on from, so drop what an earlier run left, its metrics and candidates, and put its
-        results aside.
+        anew: there is no checkpoint to go on from, so what an earlier run left is dropped, or put aside if it is WORK.
         """
         def create() -> None:
             try:
@@ -226,20 +225,29 @@ class Run:
                         raise UserError(f'--output_dir={self.output_dir}: another run has just written a checkpoint there; the '
                                         'same command goes on from it')
                 self.open_log()
-                for path in sorted(self.output_dir.iterdir()) if anew else ():
-                    if LEFTOVER.fullmatch(path.name):
-                        path.unlink(missing_ok=True)
-                    elif RESULTS.fullmatch(path.name):
-                        aside = next(other for number in itertools.count(1)
-                                     if not (other := path.with_name(f'{path.name}.old{number}')).exists())
-                        path.rename(aside)
-                        self.log(f'the results of an earlier search are in {aside} now; --child_results reads such a file')
+                if anew:
+                    self.clear_output()
             except OSError as error:
                 what = 'make room and run the same command again' if error.errno == errno.ENOSPC else (
                     'name a directory that you may write to')
                 raise UserError(f'--output_dir={self.output_dir} cannot be written ({error.strerror}); {what}') from None
         self.first_alone(create)
         self.gather(None)  # nobody goes on and writes while others still clean up
+
+    def clear_output(self) -> None:
+        """Put aside what WORK an earlier run left, with the metrics that tell of it, and drop its LEFTOVERs."""
+        left = sorted(path for path in self.output_dir.iterdir() if LEFTOVER.fullmatch(path.name) or WORK.fullmatch(path.name))
+        work = any(WORK.fullmatch(path.name) for path in left)
+        kept = [path for path in left if WORK.fullmatch(path.name) or (work and path.name == 'metrics.jsonl')]
+        number = next(number for number in itertools.count(1)
+                      if not any(path.with_name(f'{path.name}.old{number}').exists() for path in kept))
+        for path in left:
+            if path in kept:
+                path.rename(path.with_name(f'{path.name}.old{number}'))
+                self.log(f'{path} is of an earlier run, whose checkpoint.pt is gone: it is {path.name}.old{number} now'
+                         + '; --child_results reads such a file' * path.name.startswith('results'))
+            else:
+                path.unlink(missing_ok=True)
 
     def open_log(self) -> None:
         """Append what is logged from now on, and was before, to the train.log of an output directory that is there."""
@@ -335,20 +343,20 @@ class Run:
             return False, False
         return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
-    @property
-    def layout(self) -> torch.memory_format:
+    def layout(self, supernet: bool = False) -> torch.memory_format:
         """How images and weights lie in memory: as --layout says, else channels-last where that is known to be fast.
 
         A supernet's many small convolutions are slower so on a GPU (docs/speed.md).
         """
-        cuda, supernet = self.device.type == 'cuda', getattr(self.args, 'method', 'NAO') != 'NAO'
+        cuda = self.device.type == 'cuda'
         fast = self.device.type == 'cpu' or (cuda and (self.amp_dtype is not None or (self.tf32[0] and not supernet)))
         return LAYOUTS[self.args.layout] or (torch.channels_last if fast else torch.contiguous_format)
 
     def place(self, model: nn.Module) -> nn.Module:
         """The network on the device, in the run's layout, with the first process's weights."""
-        model = model.to(self.device, memory_format=self.layout)
-        model.layout = self.layout
+        layout = self.layout(supernet=getattr(model, 'is_supernet', False))
+        model = model.to(self.device, memory_format=layout)
+        model.layout = layout
         self.broadcast(model)
         return model
 
@@ -405,7 +413,9 @@ class Run:
         if self.device.type == 'cuda':
             precision += {(True, True): ' with TF32', (True, False): ' with TF32 in convolutions only',
                           (False, True): ' with TF32 but in convolutions', (False, False): ' without TF32'}[self.tf32]
-        layout = 'channels-last' if self.layout == torch.channels_last else 'default'
+        layout = 'channels-last' if self.layout() == torch.channels_last else 'default'
+        if self.layout(supernet=True) != self.layout():
+            layout += ' (of a supernet default)'
         return f'device {self.device} ({name}){processes}, PyTorch {torch.__version__}, {precision}, {layout} layout'
 
     def log_arguments(self) -> None:

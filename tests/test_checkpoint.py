@@ -138,8 +138,8 @@ def test_a_field_of_another_kind_is_named(field, value, tmp_path):
     assert_refused(path, f'its "{field}" is damaged (')
 
 
-@pytest.mark.parametrize('name', ['seed', 'dataset', 'method', 'search_space', 'proposer', 'train_images',
-                                  'valid_images', 'holdout'])
+@pytest.mark.parametrize('name', ['seed', 'dataset', 'method', 'search_space', 'proposer', 'image_size',
+                                  'train_images', 'valid_images', 'holdout'])
 def test_what_makes_a_run_another_one(name):
     state = {'args': {name: 1, 'epochs': 5}}
     checkpoint.same_run(state, argparse.Namespace(**{name: 1, 'epochs': 6}), 'x.pt')

@@ -268,11 +268,11 @@ def test_a_subset_is_balanced_over_the_classes_as_far_as_it_goes(sizes, data, se
 
 def test_a_subset_is_the_seeds_own():
     data, pixels = image_set(50)
-    one, same, other = (data.subset(20, seed) for seed in (1, 1, 2))
+    one, same, other = (data.select(datasets.draw_balanced(data.labels, 20, seed)) for seed in (1, 1, 2))
     assert torch.equal(one.labels, same.labels) and not torch.equal(one.labels, other.labels)
     assert torch.equal(images_of(one.pixels)[:, :, 4:-4, 4:-4], pixels[one.labels]) and one.size == data.size
     with pytest.raises(UserError, match='51 images cannot be drawn from 50'):
-        data.subset(51, 0)
+        datasets.draw_balanced(data.labels, 51, 0)
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 2 ** 31))

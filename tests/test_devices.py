@@ -246,18 +246,18 @@ def test_tf32_is_pytorchs_default_unless_a_flag_says_otherwise(flag, convolution
     ('cuda', 'off', None, (9, 0), 'channels_last'), ('cuda', 'off', False, (9, 0), 'contiguous'),
     ('cuda', 'off', True, (7, 0), 'contiguous'), ('cuda', 'bf16', False, (9, 0), 'channels_last'),
     ('cuda', 'fp16', None, (7, 0), 'channels_last'), ('mps', 'off', None, None, 'contiguous')])
-@pytest.mark.parametrize('method', [None, 'NAO', 'NAO-WS'])
-def test_the_layout_is_channels_last_where_that_is_fast(device, amp, tf32, capability, wanted, method, monkeypatch):
+def test_the_layout_is_channels_last_where_that_is_fast(device, amp, tf32, capability, wanted, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
     for layout in ('auto', 'channels_last', 'contiguous'):
-        run = make_run(amp=amp, tf32=tf32, layout=layout, **({'method': method} if method else {}))
+        run = make_run(amp=amp, tf32=tf32, layout=layout)
         run.device = torch.device(device)
         name = wanted if layout == 'auto' else layout
-        if (device, amp, layout, method) == ('cuda', 'off', 'auto', 'NAO-WS'):  # a supernet
-            name = 'contiguous'
-        assert run.layout == utils.LAYOUTS[name]
-        assert run.environment().endswith({'channels_last': ', channels-last layout', 'contiguous': ', default layout'}[name])
+        assert run.layout() == utils.LAYOUTS[name]
+        words = {'channels_last': ', channels-last', 'contiguous': ', default'}[name]
+        differs = (device, amp, layout, name) == ('cuda', 'off', 'auto', 'channels_last')
+        assert run.layout(supernet=True) == utils.LAYOUTS['contiguous' if differs else name]
+        assert run.environment().endswith(words + ' (of a supernet default)' * differs + ' layout')
 
 
 @pytest.mark.usefixtures('precision')

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import re
 import signal
@@ -36,7 +37,7 @@ import train_controller
 import train_search
 import training
 import utils
-from flags import UserError
+from flags import UserError, run_program
 from operations import SEARCH_SPACES
 
 TRAIN = ['train_cifar.py', '--dataset=digits', '--device=cpu', '--nodes=1', '--layers=1', '--channels=2', '--seed=3',
@@ -151,6 +152,49 @@ def test_a_second_run_in_the_same_directory_says_who_is_there_and_touches_nothin
     first.wait()
     assert run(*TRAIN, f'--output_dir={out}', '--epochs=3', preamble=few).status == 0
     assert not (out / '.lock').exists()
+
+
+def test_a_finished_training_whose_checkpoint_is_gone_is_put_aside(few, tmp_path):
+    command = [*TRAIN, '--epochs=1', f'--output_dir={tmp_path}']
+    for number in range(3):
+        result = run(*command, preamble=few)
+        assert result.status == 0 and (' is of an earlier run, ' in result.out) == bool(number), result
+        for name in ('checkpoint_best.pt', 'metrics.jsonl')[:2 * bool(number)]:
+            assert f'{tmp_path / name} is of an earlier run' in result.out and f' it is {name}.old{number} now' in result.out
+        (tmp_path / 'checkpoint.pt').unlink()
+    assert [name for name in files(tmp_path) if 'old' in name] == [
+        f'{name}.old{number}' for name in ('checkpoint_best.pt', 'metrics.jsonl') for number in (1, 2)]
+
+
+def test_a_ranking_by_more_epochs_trains_all_of_the_ranked_anew(few, tmp_path):
+    command = [*SEARCH, '--child_rank_count=2', f'--output_dir={tmp_path}']
+    assert run(*command, preamble=few).status == 0
+    result = run(*command, '--child_rank_count=3', '--child_rank_epochs=2', preamble=few)
+    assert result.status == 0 and result.out.count(' epoch 2/2 ') == 3, result
+    epochs = [record['epochs'] for record in disk.read_records(tmp_path / 'results.0.jsonl', {})]
+    assert epochs == [1, 1, 2, 2, 2] and len((tmp_path / 'arch_pool.final').read_text().splitlines()) == 3
+
+
+def test_one_of_the_best_resumed_with_fewer_epochs_is_evaluated_as_it_is(few, tmp_path):
+    command = [*SEARCH, f'--output_dir={tmp_path}']
+    assert run(*command, '--child_rank_epochs=4', preamble=few + kill_at('an epoch', 4)).status == -signal.SIGKILL
+    result = run(*command, '--child_rank_epochs=2', preamble=few)
+    assert result.status == 0 and 'rank 1/1 epoch' not in result.out and 'rank 1/1 accuracy' in result.out, result
+
+
+def test_results_of_shorter_trainings_are_refused(few, tmp_path):
+    (tmp_path / 'results').write_text('{"kind": "candidate", "arch": "0", "accuracy": 0.5, "epochs": 3}\n')
+    result = run(*COMPLETE, f'--child_results={tmp_path / "results"}', f'--output_dir={tmp_path / "out"}', preamble=few)
+    assert_user_error(result, f'--child_results={tmp_path / "results"}: has trainings of 3 epochs; give --child_epochs=3')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_what_may_not_be_entered_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['train_cifar.py'])
+    with pytest.raises(SystemExit, match='2'):
+        run_program(lambda: (_ for _ in ()).throw(PermissionError(13, 'Permission denied', '/home/other')))
+    assert capsys.readouterr().err == ('train_cifar.py: error: /home/other: Permission denied; name a place that you may read, '
+                                       'and write to\n')
 
 
 def test_where_locks_do_not_work_there_is_a_warning(tmp_path, monkeypatch, capsys):
@@ -538,8 +582,13 @@ def test_candidates_can_be_trained_without_a_search(tmp_path, monkeypatch):
     recipe = search_setup.open_task(args, run_here).candidate
     pool = [search_setup.architecture.parse(TINY, 1, SEARCH_SPACES['small'])]
     first = candidates.train_all(run_here, recipe, pool, 0)
-    assert candidates.read_results(run_here, 'candidate') == {TINY: first[0]}
+    assert candidates.read_results(run_here, recipe) == {TINY: first[0]}
     assert candidates.train_all(run_here, recipe, pool, 1) == first
+    assert candidates.read_results(run_here, recipe._replace(epochs=2)) == {}  # a longer training says something else
+    old = disk.read_records(tmp_path / 'results.0.jsonl', {})
+    old[0].pop('epochs')
+    (tmp_path / 'results.0.jsonl').write_text(json.dumps(old[0]) + '\n')
+    assert candidates.read_results(run_here, recipe) == {TINY: first[0]}  # of before their number was recorded
 
 
 def test_a_recipe_says_how_many_steps_are_trained_and_how_many_drop_path_counts(tmp_path, monkeypatch):

@@ -53,6 +53,9 @@ def test_a_wrong_checkpoint_is_one_line(tmp_path):
         hubconf.naonet(checkpoint=path)
     with pytest.raises(flags.UserError, match='channels'):
         hubconf.naonet_b_36(path)
+    torch.save({'args': TINY, 'arch': PUBLISHED['NAONet_A'], 'model': tiny()[0].state_dict()}, path)
+    with pytest.raises(flags.UserError, match='is of another architecture'):  # whose weights may fit all the same
+        hubconf.naonet('NAONet_B', path)
     with pytest.raises(flags.UserError, match='no such checkpoint'):
         hubconf.naonet_b_36(tmp_path / 'none.pt')
     with pytest.raises(flags.UserError, match='give arch'):

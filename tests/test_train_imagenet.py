@@ -266,7 +266,7 @@ def test_the_scripts_train_from_any_directory_and_go_on(name, rate, epochs, data
     for epoch in range(epochs):
         result = script(name, *tiny, f'--epochs={epoch + 1}', cwd=tmp_path)
         assert result.returncode == 0 and 'warning' not in result.stdout, result
-    folder = tmp_path / 'exp' / 'NAONet_A_imagenet'
+    folder = tmp_path / 'exp' / name.removeprefix('train_').removesuffix('.sh')
     assert files(folder) == ['checkpoint.pt', 'checkpoint_best.pt', 'metrics.jsonl']
     args = load(folder / 'checkpoint.pt')['args']
     assert args['fixed_arc'] == NAONET_A and args['lr'] == pytest.approx(rate) and args['batch_size'] == round(rate * 1280)
