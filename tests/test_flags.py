@@ -86,7 +86,7 @@ def test_a_device_that_cannot_be_used_is_a_users_error(name):
 def test_flags_of_the_references_imagenet_program_are_accepted_with_a_line(monkeypatch, capsys):
     import train_imagenet
     monkeypatch.setattr(sys, 'argv', ['train_imagenet.py', '--fixed_arc=NAONet_B', '--momentum=0.8', '--cutout_size=16'])
-    args, _ = train_imagenet.parse_args()
+    args, *_ = train_imagenet.parse_args()
     assert capsys.readouterr().err == '--momentum=0.8 has no effect\n--cutout_size=16 has no effect\n'
     assert args.changed == ['fixed_arc'] and not hasattr(args, 'momentum')
 
@@ -95,7 +95,7 @@ def test_flags_of_the_references_imagenet_program_are_accepted_with_a_line(monke
 def test_the_architecture_says_how_many_nodes_there_are(module, tmp_path, monkeypatch):
     (tmp_path / 'arch_pool').write_text(' '.join(['0 1'] * 12) + '\n')
     monkeypatch.setattr(sys, 'argv', ['program.py', f'--fixed_arc={tmp_path / "arch_pool"}'])
-    args, arch = importlib.import_module(module).parse_args()
+    args, arch, _ = importlib.import_module(module).parse_args()
     assert args.nodes == len(arch.normal) // 4 == 3
 
 

@@ -50,7 +50,7 @@ def trained(tmp_path_factory, few):
 
 
 def assert_same_training(folder, other):
-    """Both ended with bit-identical checkpoints and metrics; killed before its first checkpoint, the other put its best aside."""
+    """Both ended with bit-identical checkpoints and metrics; killed before its first one the other put its best aside."""
     for name in ('checkpoint.pt', 'checkpoint_best.pt'):
         one, two = load(folder / name), load(other / name)
         for state in (one, two):
