@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains NAONet-A on ImageNet, all visible GPUs (of one, published: 25.7 % top-1, 8.2 % top-5 error).
+# Trains NAONet-A on ImageNet, all visible GPUs (published, on one: 25.7 % top-1, 8.2 % top-5 error).
 #   bash train_NAONet_A_imagenet.sh [FLAG...]     on N GPUs: --batch_size=$((128*N)) --lr=0.1·N
 MODEL=${MODEL:-NAONet_A_imagenet}
 OUTPUT_DIR=${OUTPUT_DIR:-exp/$MODEL}
