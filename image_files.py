@@ -196,6 +196,17 @@ def collate(items: list[tuple[Tensor, int, PhotoDraws | None] | str], full: bool
     return torch.stack(images), torch.tensor(labels), stacked, broken
 
 
+def handed_over(batches: Iterator) -> Iterator:
+    """The batches of a DataLoader; a worker killed while it hands one over is told of as PyTorch tells of the others.
+
+    PyTorch asks whether the worker lives when the connection to it breaks, which can be before the system says that it died.
+    """
+    try:
+        yield from batches
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError('DataLoader worker (pid unknown) was killed while it handed over a batch') from error
+
+
 class FileBatches:
     """Batches of an ImageFiles, decoded, cropped and resized by worker processes, augmented and normalised on the device.
 
@@ -248,7 +259,7 @@ class FileBatches:
         # The loader's handler would raise wherever the program is when a worker is killed, and again when others end; without
         # it the next batch raises, within seconds.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for (start, stop), read in zip(self.bounds, batches, strict=False):
+        for (start, stop), read in zip(self.bounds, handed_over(batches), strict=False):
             images, labels = self.to_device(*read)
             if not self.generator:
                 if len(labels):

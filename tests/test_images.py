@@ -183,6 +183,21 @@ def test_a_killed_worker_is_told_of_by_the_next_batch_and_nowhere_else(root):
         list(batches)
 
 
+@pytest.mark.parametrize('error', [EOFError, ConnectionResetError, ConnectionRefusedError])
+def test_a_worker_killed_while_it_hands_a_batch_over_is_told_of_too(root, error):
+    """The connection can break before the worker counts as dead: then PyTorch passes the connection's error on."""
+    def loader():
+        yield from real
+        raise error
+    train, *_ = image_files.open_files(root, False, True, 5, show=False)
+    batches = FileBatches(train, 4, CPU, 0, generator=torch.Generator())
+    real = [batches.loader.collate_fn([train[0, index] for index in range(4)])] * 2
+    batches.loader = loader()
+    with pytest.raises(RuntimeError) as raised:
+        list(batches)
+    assert 'was killed' in flags.known_end(raised.value)
+
+
 def test_reading_draws_from_no_generator_but_its_own(root, monkeypatch):
     """Dropout draws from the default ones: reading must not shift them, nor depend on the workers or on a resumed run."""
     def refuse(*args):
