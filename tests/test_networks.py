@@ -46,7 +46,7 @@ def in_random_order(*ranges, seed=0):
 # --------------------------------------------------------------------------------------------------- random architectures
 
 @pytest.mark.parametrize('nodes, count', [
-    (1, 50), (2, 100), (3, 100), (5, 100), *(pytest.param(nodes, 300, marks=pytest.mark.slow) for nodes in (2, 3, 5))])
+    (1, 50), (2, 50), (3, 50), (5, 50), *(pytest.param(nodes, 300, marks=pytest.mark.slow) for nodes in (2, 3, 5))])
 def test_many_random_architectures_run_through_the_fixed_network(nodes, count, generator):
     choices = in_random_order([2, 3, 4], [10, 100], [8, 9, 12], [True, False])
     for arch in sample(count, nodes, range(16), generator):
@@ -64,7 +64,7 @@ def test_many_random_architectures_run_through_the_fixed_network(nodes, count, g
 
 
 @pytest.mark.parametrize('nodes, count', [
-    (1, 50), (2, 100), (3, 100), (5, 100), *(pytest.param(nodes, 300, marks=pytest.mark.slow) for nodes in (2, 3, 5))])
+    (1, 50), (2, 50), (3, 50), (5, 50), *(pytest.param(nodes, 300, marks=pytest.mark.slow) for nodes in (2, 3, 5))])
 def test_many_random_architectures_run_through_the_supernet(nodes, count, generator):
     model = supernet(nodes=nodes, channels=3, classes=100)
     choices = in_random_order([8, 9, 12], ['train', 'score', 'eval'])

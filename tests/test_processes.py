@@ -57,7 +57,8 @@ def share_by(tmp_path_factory):
     return compute
 
 
-@pytest.fixture(scope='module', params=[(2, 'cpu'), (3, 'cpu'), pytest.param((2, 'cuda'), marks=pytest.mark.gpu(2))], ids=str)
+@pytest.fixture(scope='module', params=[
+    pytest.param((2, 'cpu'), marks=pytest.mark.slow), (3, 'cpu'), pytest.param((2, 'cuda'), marks=pytest.mark.gpu(2))], ids=str)
 def together(request, share_by):
     return share_by(*request.param)
 

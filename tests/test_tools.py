@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import run
 from PIL import Image
 from tooling import CHROMIUM, ROOT, call, mistake, needs_matplotlib, output, tool, without
 
@@ -51,10 +52,9 @@ def runs(tmp_path_factory):
     """The directory of a finished training (with what it showed, `terminal`) and of a finished search."""
     directory = tmp_path_factory.mktemp('exp')
     (directory / 'terminal').write_bytes(train_on_a_terminal(directory / 'training').encode())
-    done = subprocess.run([sys.executable, 'train_search.py', *SEARCH, f'--output_dir={directory / "search"}'], cwd=ROOT,
-                          capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert '\r' not in done.stdout + done.stderr, 'a live line in a pipe'
+    done = run('train_search.py', *SEARCH, f'--output_dir={directory / "search"}')
+    assert done.status == 0, done
+    assert '\r' not in done.out + done.err, 'a live line in a pipe'
     return directory
 
 

@@ -354,7 +354,8 @@ def test_a_search_killed_after_or_within_every_phase_ends_bit_identical(call, af
 
 
 @pytest.mark.parametrize('moment', [
-    ('a rename', 2, False), ('a flush', 2, False), ('a rename', 8, True), ('a rename', 18, True)])
+    ('a rename', 2, False), ('a rename', 8, True),
+    *(pytest.param(moment, marks=pytest.mark.slow) for moment in (('a flush', 2, False), ('a rename', 18, True)))])
 def test_a_search_killed_while_it_writes_ends_bit_identical(moment, searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     killed = run(*command, preamble=few + kill_at(*moment))
@@ -363,7 +364,8 @@ def test_a_search_killed_while_it_writes_ends_bit_identical(moment, searched, fe
     assert_same_search(searched[0], tmp_path)
 
 
-@pytest.mark.parametrize('word, number, status', [('epoch 1: scored', signal.SIGKILL, -9), ('rank 1/2', signal.SIGINT, 130)])
+@pytest.mark.parametrize('word, number, status', [
+    pytest.param('epoch 1: scored', signal.SIGKILL, -9, marks=pytest.mark.slow), ('rank 1/2', signal.SIGINT, 130)])
 def test_a_search_killed_or_interrupted_from_outside_ends_bit_identical(word, number, status, searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     slow = few + 'import time, checkpoint\nreal = checkpoint.save\n' \
@@ -440,8 +442,8 @@ def test_a_search_that_ended_early_proposes_nothing_that_it_would_not_train(few,
 
 
 def test_weights_that_the_last_step_of_an_epoch_broke_are_not_kept(few, tmp_path):
-    command = [PROGRAM, *FLAGS, '--child_batch_size=1000', '--child_epochs=1', '--child_rank_count=0',
-               f'--output_dir={tmp_path}']
+    command = [PROGRAM, *FLAGS, '--child_batch_size=144', '--child_epochs=1', '--child_rank_count=0',
+               f'--output_dir={tmp_path}']  # one step
     result = run(*command, '--child_lr_max=1e30', '--child_grad_bound=1e30', preamble=few)
     assert result.status == 1 and 'the weights are no longer finite after epoch 1/' in result.err, result
     result = run(*command, preamble=few)

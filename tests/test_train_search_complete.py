@@ -121,7 +121,7 @@ def test_a_finished_search_started_again_changes_nothing(searched, few):
 
 # ----------------------------------------------------------------------------------------------------- several processes
 
-@pytest.mark.parametrize('shared', [True, False])
+@pytest.mark.parametrize('shared', [pytest.param(True, marks=pytest.mark.slow), False])
 def test_two_processes_find_the_same_on_one_machine_or_on_two_that_share_no_disk(shared, searched, few, tmp_path):
     apart = f"""
 import os, sys
@@ -213,9 +213,10 @@ def test_a_process_that_trains_for_long_is_waited_for(few, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize('moment', [
-    ('an epoch', 6, True), ('a fit', 1, True), ('a candidate', 24, True),
+    ('an epoch', 6, True), ('a candidate', 24, True),
     *(pytest.param(moment, marks=pytest.mark.slow) for moment in (
-        ('an epoch', 1, False), ('a candidate', 5, True), ('a candidate', 12, True), ('a candidate', 14, False)))])
+        ('an epoch', 1, False), ('a fit', 1, True), ('a candidate', 5, True), ('a candidate', 12, True),
+        ('a candidate', 14, False)))])
 def test_a_killed_search_trains_no_finished_candidate_again_and_ends_bit_identical(moment, searched, few, tmp_path):
     command = [PROGRAM, *FLAGS, f'--output_dir={tmp_path}']
     if moment == ('a candidate', 24, True):  # the last but one or so, whatever the controller found
@@ -353,7 +354,7 @@ candidates.train_candidate = fail
     assert results(tmp_path) == {}
 
 
-@pytest.mark.parametrize('proposer', ['random', 'evolution'])
+@pytest.mark.parametrize('proposer', [pytest.param('random', marks=pytest.mark.slow), 'evolution'])
 def test_a_baseline_proposes_and_goes_on_after_a_kill(proposer, few, tmp_path):
     command = [PROGRAM, *FLAGS, '--child_epochs=1', f'--proposer={proposer}', '--child_rank_count=0']
     assert run(*command, f'--output_dir={tmp_path / "killed"}', preamble=few + kill_at('a candidate', 15)).status == -9
