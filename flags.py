@@ -173,8 +173,9 @@ def rank_prefix() -> str:
 MEMORY = ('out of memory', "can't allocate memory", 'unable to find an engine', 'CUDNN_STATUS_ALLOC_FAILED',
           'CUBLAS_STATUS_ALLOC_FAILED')  # what errors hold where a network and a batch do not fit
 KNOWN_ENDS = {  # what PyTorch's errors begin with or hold -> the line in their place
-    'DataLoader worker (pid': 'a process that reads images was killed, perhaps because memory, or /dev/shm in a container, '
-                              'ran out (fewer --workers need less)',
+    **dict.fromkeys(('DataLoader worker (pid', 'Pin memory thread exited unexpectedly'),  # the latter with a GPU
+                    'a process that reads images was killed, perhaps because memory, or /dev/shm in a container, ran out '
+                    '(fewer --workers need less)'),
     'unable to write to file </torch_': 'the shared memory, /dev/shm, is full; fewer --workers need less, and a container can '
                                         'be given more (docker run --shm-size=8g)',
     **dict.fromkeys(MEMORY, 'the memory does not hold the network and a batch; smaller sizes need less'),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains NAONet-V2 on ImageNet, all visible GPUs (published, on one: 25.5 % top-1, 8.2 % top-5 error).
+# Trains NAONet-V2 on ImageNet, all visible GPUs (published: 25.5 % top-1, 8.2 % top-5 error).
 #   bash train_NAONet_V2_imagenet.sh [FLAG...]     on N GPUs: --batch_size=$((128*N)) --lr=0.1·N
 MODEL=${MODEL:-NAONet_V2_imagenet}
 OUTPUT_DIR=${OUTPUT_DIR:-exp/$MODEL}

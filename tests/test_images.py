@@ -198,6 +198,11 @@ def test_a_worker_killed_while_it_hands_a_batch_over_is_told_of_too(root, error)
     assert 'was killed' in flags.known_end(raised.value)
 
 
+def test_the_end_of_the_pinning_thread_by_a_killed_worker_is_told_of_too():
+    """With a GPU that thread, not the main one, asks the workers, and dies where their connection breaks."""
+    assert 'was killed' in flags.known_end(RuntimeError('Pin memory thread exited unexpectedly'))
+
+
 def test_reading_draws_from_no_generator_but_its_own(root, monkeypatch):
     """Dropout draws from the default ones: reading must not shift them, nor depend on the workers or on a resumed run."""
     def refuse(*args):
