@@ -218,3 +218,31 @@ def swap_operands(sequences: Tensor, generator: torch.Generator) -> Tensor:
     chosen = torch.randint(length // 8, (batch, 2, 1), generator=generator, device=generator.device)
     swap = (chosen.to(sequences.device) == torch.arange(length // 8, device=sequences.device))[..., None, None]
     return torch.where(swap, nodes.flip(3), nodes).reshape(batch, length)
+
+
+def reorder_nodes(sequences: Tensor, generator: torch.Generator) -> Tensor:
+    """Write each cell in a random one of the ways that build the same network: its nodes in any order in which what a node
+    reads comes before it, and the operands of each either way round.
+
+    sequences: (batch, 8·B) tokens of a Vocabulary. Returns a new tensor.
+    """
+    batch, length = sequences.shape
+    count = length // 8
+    draws = torch.rand((2 * batch, count, 2), generator=generator, device=generator.device).to(sequences.device)
+    cells = sequences.reshape(2 * batch, count, 2, 2)  # node, operand, its input and operation
+    cells = torch.where((draws[..., 1] < 0.5)[..., None, None], cells.flip(2), cells)
+    read = cells[..., 0].flatten(1) - 1
+    places = torch.full((2 * batch, count + 2), -1, device=sequences.device)  # of each state in the new order, -1: none yet
+    places[:, 0], places[:, 1] = 0, 1
+    order = []
+    for place in range(2, count + 2):
+        ready = (places.gather(1, read) >= 0).unflatten(1, (count, 2)).all(2) & (places[:, 2:] < 0)
+        node = torch.where(ready, draws[..., 0], -1.0).argmax(1, keepdim=True)
+        places = places.scatter(1, node + 2, place)
+        order.append(node)
+    cells = torch.stack([places.gather(1, read).unflatten(1, (count, 2)) + 1, cells[..., 1]], dim=-1)
+    return cells.gather(1, torch.cat(order, dim=1)[..., None, None].expand_as(cells)).reshape(batch, length)
+
+
+# How architectures are rewritten in each epoch of a controller's fit, by the names of the option.
+REWRITINGS = {'operands': swap_operands, 'nodes': reorder_nodes}

@@ -254,19 +254,21 @@ class Settings(NamedTuple):
     members: int = 1  # controllers, each fitted on its own
     targets: str = 'scaled'  # one of TARGETS
     loss: str = 'squared'  # one of LOSSES
+    rewriting: str = 'operands'  # how known cells are rewritten in each epoch; one of architecture.REWRITINGS
     unlabelled: int = 0  # random sequences a batch to reconstruct; 0: the batch is reconstructed
     top: int = 100  # the best known architectures, from which the search ascends
     redrawn: int = 0  # sequences more that it ascends from: those with random positions redrawn
     lambdas: tuple[float, ...] = tuple(range(1, 51))
     candidates: int = 0  # new architectures that each controller decodes to choose from; 0: the first come are taken
     beta: float = 0.0  # the largest weight of the controllers' disagreement when candidates are chosen
+    apart: float = 0.0  # share of its tokens in which a chosen one has to differ from all known and chosen, rounded down
 
 
 PRESETS = {
     'paper': Settings(),
     'best': Settings(epochs=300, later_updates=20, later_per_token=1.5, predictor_updates=150, lr=2e-3, trade_off=0.5,
                      members=4, targets='ranks', loss='cross_entropy', unlabelled=50, redrawn=200, lambdas=(1, 4, 16, 64, 256),
-                     candidates=2000, beta=2.0),
+                     candidates=2000, beta=2.0, rewriting='nodes', apart=0.2),
 }
 
 
@@ -395,18 +397,23 @@ def new_architectures(nao: NAO, seeds: Tensor, known: Iterable[Sequence[int]], c
     return found, per_lambda
 
 
-def choose(predictions: Tensor, count: int, beta: float) -> list[int]:
-    """The columns of predictions (members, candidates) to choose, at most `count`, in the order of the choice.
+def choose(predictions: Tensor, count: int, beta: float, candidates: Tensor, known: Tensor, apart: int = 0) -> list[int]:
+    """Of candidates (count, length), by their predictions (members, count), the rows to choose: at most `count`, in the order
+    of the choice.
 
     Each is the best that is left by the mean of the members' log-odds + a weight, from 0 to `beta` in even steps, of their
-    deviation: some are what the members expect most of, others what they disagree about.
+    deviation: some are what the members expect most of, others what they disagree about. It differs in at least `apart`
+    tokens from those chosen before it and from the known (any number, length), or in as many as any that is left.
     """
     odds = predictions.cpu().double().clamp(SURE, 1 - SURE).logit()  # not on MPS, which has no double precision
     mean, deviation = odds.mean(0), odds.std(0, correction=0)
+    rows = candidates.cpu().float()
+    nearest = torch.cdist(rows, known.cpu().float(), p=0).amin(1)  # tokens in which it differs
     chosen: list[int] = []
     for weight in torch.linspace(0, beta, count).tolist()[:len(mean)]:
-        chosen.append(int((mean + weight * deviation).argmax()))
-        mean[chosen[-1]] = -math.inf
+        far = nearest >= nearest.max().clamp(max=max(apart, 1))
+        chosen.append(int((mean + weight * deviation).masked_fill(~far, -math.inf).argmax()))
+        nearest = torch.minimum(nearest, torch.cdist(rows, rows[chosen[-1:]], p=0).squeeze(1))
     return chosen
 
 
@@ -433,7 +440,9 @@ def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]]
         with torch.no_grad():
             tokens = torch.tensor(candidates, device=seeds.device)
             predictions = torch.cat([nao.predict(tokens) for nao in naos], dim=1).T
-        candidates = [candidates[column] for column in choose(predictions, count, settings.beta)]
+        known_tokens = torch.tensor([*known])
+        chosen = choose(predictions, count, settings.beta, tokens, known_tokens, int(settings.apart * tokens.shape[1]))
+        candidates = [candidates[row] for row in chosen]
     return candidates, dict(per_lambda)
 
 

@@ -41,18 +41,19 @@ class Known(NamedTuple):
 def fit(run: Run, known: Known, expand: int | None, first: bool) -> dict[str, float]:
     """Fit the controllers to the pool and its accuracies (paper, section 3.2-3.3); returns the last report of the last one.
 
-    expand: with N, to N-1 swapped copies of each architecture besides, of which a tenth is held out; first: see
+    expand: with N, to N-1 rewritten copies of each architecture besides, of which a tenth is held out; first: see
     controller.fit_epochs. Raises NotFiniteError.
     """
     naos, settings, generator = known.naos, known.settings, known.generator
     sequences = known.vocabulary.tokens(known.pool, run.device)
     targets = controller.TARGETS[settings.targets](known.accuracies).to(run.device)
-    augment, held_out = architecture.swap_operands, None
+    rewrite = architecture.REWRITINGS[settings.rewriting]
+    augment, held_out = rewrite, None
     if expand:
         order = torch.randperm(len(sequences), generator=generator).to(run.device)
         train, test = order[len(order) // 10:], order[:len(order) // 10]
         held_out = (sequences[test], targets[test]) if len(test) else None
-        copies = [sequences[train]] + [architecture.swap_operands(sequences[train], generator) for _ in range(expand - 1)]
+        copies = [sequences[train]] + [rewrite(sequences[train], generator) for _ in range(expand - 1)]
         sequences, targets, augment = torch.cat(copies), targets[train].repeat(expand, 1), None
 
     def report(member: int, values: dict[str, float]) -> None:

@@ -132,8 +132,8 @@ CHILD_FLAGS = (  # name, type, default, help
 CONTROLLER_FLAGS = (
     ('seed_arch', POOL, 600, 'architectures in the pool'),
     ('new_arch', POOL, 300, 'new architectures a round'),
-    ('expand', POSITIVE_INT, None, 'N: write N-1 copies of each architecture with swapped operands and hold 10 %% out '
-     '(default: swap anew in each epoch, hold none out; NAO-V2: 10)'),
+    ('expand', POSITIVE_INT, None, 'N: write N-1 rewritten copies of each architecture and hold 10 %% out (default: '
+     'rewrite them anew in each epoch, hold none out; NAO-V2: 10)'),
     ('epochs', POSITIVE_INT, PAPER.epochs, 'epochs of a fit'),
     ('later_updates', COUNT, PAPER.later_updates, 'gradient steps of the fits after the first'),
     ('later_per_token', NOT_NEGATIVE, PAPER.later_per_token, 'the same for each token of an architecture; the larger counts; '
@@ -152,6 +152,7 @@ CONTROLLER_FLAGS = (
     ('candidates', COUNT, PAPER.candidates, 'architectures that each controller writes to choose from by their predictions; '
      '0: the first come are taken'),
     ('beta', NOT_NEGATIVE, PAPER.beta, "largest weight of the controllers' disagreement when candidates are chosen"),
+    ('apart', FRACTION, PAPER.apart, 'share of its tokens in which a chosen candidate differs from all known and chosen'),
     ('encoder_layers', LAYERS, 1, 'LSTM layers of the encoder'),
     ('encoder_hidden_size', CHANNELS, 96, 'units of each of them'),
     ('encoder_emb_size', CHANNELS, 48, 'numbers that a token is embedded in'),
@@ -210,6 +211,8 @@ def add_controller_flags(parser: Parser, without: Collection[str] = ()) -> None:
             add(group, f'controller_{name}', text, default, type=kind)
     add(group, 'controller_targets', 'scaled: accuracies by their minimum and maximum; ranks: the share of others each one '
         'beats', PAPER.targets, choices=controller.TARGETS)
+    add(group, 'controller_rewriting', 'in each epoch, operands: swap the operands of one node a cell; nodes: write cells in '
+        'any of the ways that build the same network', PAPER.rewriting, choices=architecture.REWRITINGS)
     add(group, 'controller_loss', 'of the prediction', PAPER.loss, choices=controller.LOSSES)
     group.add_argument('--controller_lambdas', type=lambdas, default=PAPER.lambdas, metavar='[λ,...]',
                        help='step sizes of the ascent, until there are enough new architectures (default: [1,2,...,50] for '

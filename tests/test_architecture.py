@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import architecture
-from architecture import Architecture, ArchitectureError, parse, read, read_pool, sample, swap_operands, vocabulary
+from architecture import (
+    Architecture,
+    ArchitectureError,
+    parse,
+    read,
+    read_pool,
+    reorder_nodes,
+    sample,
+    swap_operands,
+    vocabulary,
+)
 from model import NASNetworkCIFAR
 from model_search import NASWSNetworkCIFAR
 from operations import SEARCH_SPACES
@@ -289,3 +299,37 @@ def test_the_supernet_accepts_every_way_to_write_an_architecture(float64):
 def test_a_word_that_names_nothing_is_answered_by_what_could_be_meant():
     with pytest.raises(ArchitectureError, match=r'^NAONet_C: is no arch_pool file and none of the names NAONet_A, NAONet_B'):
         read('NAONet_C')
+
+
+# ------------------------------------------------------------------------------------------------------ reordered nodes
+
+def computed(cell):
+    """What a cell's nodes compute and what it puts out, however it is written: as nested, sorted terms."""
+    terms = ['0', '1']
+    for x, x_op, y, y_op in architecture.nodes_of(cell):
+        terms.append('({})'.format(' + '.join(sorted([f'{x_op} {terms[x]}', f'{y_op} {terms[y]}']))))
+    return sorted(terms), sorted(terms[state] for state in architecture.unread_states(cell))
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 2 ** 32), st.data())
+def test_reordered_cells_compute_the_same(nodes, batch, seed, data):
+    pool = [data.draw(architectures(nodes, operations=range(5))) for _ in range(batch)]
+    words = vocabulary(nodes, 'small')
+    before = words.tokens(pool, torch.device('cpu'))
+    kept = before.clone()
+    after = reorder_nodes(before, torch.Generator().manual_seed(seed))
+    assert torch.equal(before, kept)
+    for old, new in zip(pool, after.tolist(), strict=True):
+        new = words.decode(new)
+        assert computed(new.normal) == computed(old.normal) and computed(new.reduction) == computed(old.reduction)
+
+
+def test_a_cell_is_written_in_all_ways(generator):
+    """Nodes of the first cell: 2, 3 and 4 in any order that has 2 before 4; of the second: 2, 3, 4. Operands either way."""
+    words = vocabulary(3, 'small')
+    arch = parse('0 0 1 1  0 2 1 3  2 0 1 4   0 0 1 1  2 0 1 2  3 0 1 3')
+    rows = words.tokens([arch] * 4000, torch.device('cpu'))
+    written = [words.decode(row) for row in reorder_nodes(rows, generator).tolist()]
+    assert len({each.normal for each in written}) == 3 * 2 ** 3
+    assert len({each.reduction for each in written}) == 2 ** 3
+    assert len(set(written)) == 3 * 2 ** 6

@@ -18,7 +18,7 @@ import torch
 from benchmark_search import METHODS, run
 from search_tables import OPERATIONS, UserError, read_table, regrets
 
-from architecture import swap_operands, vocabulary
+from architecture import REWRITINGS, vocabulary
 from controller import (
     NAO,
     PRESETS,
@@ -152,14 +152,15 @@ def test_members_share_the_count_where_the_first_come_are_taken():
     assert len(set(together)) == len(together) == 9
 
 
-def test_real_cells_are_searched_with_swapped_operands():
+@pytest.mark.parametrize('augment', REWRITINGS.values())
+def test_real_cells_are_searched_rewritten(augment):
     vocab = vocabulary(5, 'small')
     settings = PRESETS['best']._replace(epochs=2, candidates=20, predictor_updates=5)
     torch.manual_seed(0)
     naos = [NAO(vocab.allowed_tokens, vocab.size, 20) for _ in range(settings.members)]
     generator = torch.Generator().manual_seed(0)
     sequences = random_sequences(naos[0], 30, generator).tolist()
-    new = search_step(naos, sequences, list(range(30)), 10, settings, generator, augment=swap_operands)
+    new = search_step(naos, sequences, list(range(30)), 10, settings, generator, augment=augment)
     assert len(new) == 10
     for sequence in new:
         vocab.decode(sequence)
@@ -172,15 +173,48 @@ def test_ranks_ignore_increasing_functions_and_share_ties():
     assert rank([5.0]).tolist() == [[0.5]]
 
 
-def test_a_choice_goes_from_what_members_expect_most_of_to_what_they_disagree_about():
+def chosen(predictions, count, beta, **apart):
+    """Choose among candidates that differ in all of their three tokens, from known ones too."""
+    candidates = torch.arange(predictions.shape[1])[:, None].expand(-1, 3)
+    return choose(predictions, count, beta, candidates, torch.full((2, 3), -1), **apart)
+
+
+@pytest.mark.parametrize('apart', [0, 3])
+def test_a_choice_goes_from_what_members_expect_most_of_to_what_they_disagree_about(apart):
     predictions = torch.tensor([[0.8, 0.7, 0.999, 0.1], [0.8, 0.7, 0.50, 0.1]])
-    assert choose(predictions, 3, 0) == [2, 0, 1], 'log-odds, not probabilities'
-    assert choose(predictions[:, [0, 1, 3]], 9, 5) == [0, 1, 2]
+    assert chosen(predictions, 3, 0, apart=apart) == [2, 0, 1], 'log-odds, not probabilities'
+    assert chosen(predictions[:, [0, 1, 3]], 9, 5, apart=apart) == [0, 1, 2]
     uncertain = torch.tensor([[0.8, 0.9, 0.70], [0.8, 0.05, 0.75]])
-    assert choose(uncertain, 2, 0) == [0, 2]
-    assert choose(uncertain, 2, 2) == [0, 1]
+    assert chosen(uncertain, 2, 0, apart=apart) == [0, 2]
+    assert chosen(uncertain, 2, 2, apart=apart) == [0, 1]
     sure = torch.tensor([[1., 1., .3, 0.], [.99, 1., .1, .4]])  # as a sigmoid rounds them
-    assert choose(sure, 4, 2)[:2] == [1, 0] and sorted(choose(sure, 4, 2)) == [0, 1, 2, 3]
+    assert chosen(sure, 4, 2, apart=apart)[:2] == [1, 0] and sorted(chosen(sure, 4, 2, apart=apart)) == [0, 1, 2, 3]
+
+
+def test_a_choice_keeps_its_distance_as_far_as_there_is_one():
+    known = torch.tensor([[1, 1, 1, 1], [2, 2, 2, 2]])
+    candidates = torch.tensor([[1, 1, 1, 2],  # one token from the known
+                               [3, 3, 3, 3],
+                               [3, 3, 3, 1],  # one from the second candidate
+                               [1, 1, 4, 4],
+                               [4, 4, 4, 4]])
+    predictions = torch.tensor([[.9, .8, .7, .6, .5]])
+    assert choose(predictions, 5, 0, candidates, known) == [0, 1, 2, 3, 4]
+    assert choose(predictions, 5, 0, candidates, known, 1) == [0, 1, 2, 3, 4]
+    assert choose(predictions, 5, 0, candidates, known, 2) == [1, 3, 4, 0, 2]
+    assert choose(predictions, 5, 0, candidates, known, 3) == [1, 4, 3, 0, 2], 'then the farthest that are left'
+
+
+def test_proposals_keep_the_distance_that_the_settings_ask_for():
+    known = random_known(15, 0)
+    tokens, targets = torch.tensor(list(known)), rank(list(known.values()))
+    settings = Settings(epochs=60, lr=1e-2, unlabelled=50, redrawn=200, candidates=100, lambdas=(1., 10.))
+    nao, generator = small_nao(), torch.Generator().manual_seed(0)
+    fit(nao, tokens, targets, settings, generator)
+    for apart, least in ((0.0, 1), (0.2, 1), (0.4, 2), (0.59, 2)):
+        new = torch.tensor(propose([nao], tokens, list(known), 5, settings._replace(apart=apart), generator)[0])
+        nearest = [int((each != torch.cat([tokens, new[:index]])).sum(1).min()) for index, each in enumerate(new)]
+        assert len(nearest) == 5 and min(nearest) == least, (apart, nearest)
 
 
 def test_a_predictor_fitted_anew_learns_the_order_and_leaves_the_rest():

@@ -41,6 +41,20 @@ def test_proposals_are_new_distinct_legal_and_no_more_than_asked(proposer, nodes
         assert len(new) == count
 
 
+@pytest.mark.parametrize('expand', [None, 3])
+@pytest.mark.parametrize('rewriting', architecture.REWRITINGS)
+def test_fits_are_to_architectures_rewritten_as_the_settings_say(rewriting, expand, monkeypatch):
+    called = []
+    for name, rewrite in architecture.REWRITINGS.items():
+        def watched(sequences, generator, name=name, rewrite=rewrite):
+            called.append(name)
+            return rewrite(sequences, generator)
+        monkeypatch.setitem(architecture.REWRITINGS, name, watched)
+    given_to = known(20, 2, range(5), 0, torch.Generator().manual_seed(0))
+    fit(make_run(), given_to._replace(settings=Settings(epochs=4, rewriting=rewriting)), expand, first=True)
+    assert called == [rewriting] * (2 if expand else 4), 'one a copy, or one an epoch'
+
+
 @pytest.mark.parametrize('distance', [0.11, 0.1])
 @pytest.mark.parametrize('members', [1, 2])
 def test_a_fit_says_which_member_it_is_of_and_whether_it_was_too_short(members, distance, monkeypatch, capsys):
