@@ -398,12 +398,12 @@ def new_architectures(nao: NAO, seeds: Tensor, known: Iterable[Sequence[int]], c
 
 
 def choose(predictions: Tensor, count: int, beta: float, candidates: Tensor, known: Tensor, apart: int = 0) -> list[int]:
-    """Of candidates (count, length), by their predictions (members, count), the rows to choose: at most `count`, in the order
-    of the choice.
+    """The rows of candidates (rows, length), predicted as (members, rows), to choose: at most `count`, in the order of the
+    choice.
 
     Each is the best that is left by the mean of the members' log-odds + a weight, from 0 to `beta` in even steps, of their
     deviation: some are what the members expect most of, others what they disagree about. It differs in at least `apart`
-    tokens from those chosen before it and from the known (any number, length), or in as many as any that is left.
+    tokens from those chosen before it and from the known (at least one, length), or in as many as any that is left.
     """
     odds = predictions.cpu().double().clamp(SURE, 1 - SURE).logit()  # not on MPS, which has no double precision
     mean, deviation = odds.mean(0), odds.std(0, correction=0)

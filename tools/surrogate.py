@@ -102,16 +102,16 @@ class Truth:
     """One draw from the posterior (Matheron's rule: a draw from the prior, corrected by what was measured)."""
 
     def __init__(self, measured: Measured, seed: int):
-        self.random = np.random.default_rng(seed)
+        random = np.random.default_rng(seed)
         self.mean, self.deviation = measured.inputs.mean(0), measured.inputs.std(0) + 1e-9
         self.known = (measured.inputs - self.mean) / self.deviation
-        self.waves = self.random.normal(0, (2 * GAMMA) ** 0.5, (self.known.shape[1], FOURIER))
-        self.phases = self.random.uniform(0, 2 * np.pi, FOURIER)
-        self.weights = self.random.normal(0, (2 * SIGNAL / FOURIER) ** 0.5, FOURIER)
+        self.waves = random.normal(0, (2 * GAMMA) ** 0.5, (self.known.shape[1], FOURIER))
+        self.phases = random.uniform(0, 2 * np.pi, FOURIER)
+        self.weights = random.normal(0, (2 * SIGNAL / FOURIER) ** 0.5, FOURIER)
         same = measured.groups[:, None] == measured.groups
         covariance = self.kernel(self.known) + OFFSET * same + NOISE * np.eye(len(same))
-        offsets = self.random.normal(0, OFFSET ** 0.5, measured.groups.max() + 1)[measured.groups]
-        drawn = self.prior(self.known) + offsets + self.random.normal(0, NOISE ** 0.5, len(same))
+        offsets = random.normal(0, OFFSET ** 0.5, measured.groups.max() + 1)[measured.groups]
+        drawn = self.prior(self.known) + offsets + random.normal(0, NOISE ** 0.5, len(same))
         gap = measured.accuracies - measured.accuracies.mean() - drawn
         self.correction = np.linalg.solve(covariance, gap)
 
@@ -191,7 +191,9 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     measured = read_measured(args.folders)
-    settings = fingerprint((args.proposer, search_setup.settings_of(args) if args.proposer in proposers.LEARNING else None))
+    learnt = args.proposer in proposers.LEARNING
+    given = {name: value for name, value in vars(args).items() if name.startswith('controller_')} if learnt else {}
+    settings = fingerprint((args.proposer, given, measured.accuracies.tolist()))
     kept = read_results(args.keep, KEY) if args.keep else {}
     searches = []
     for seed in range(1000, 1000 + args.seeds):
