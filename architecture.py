@@ -18,6 +18,7 @@ from disk import read_lines
 from operations import OPERATIONS, SEARCH_SPACES
 
 ALL_OPERATIONS = range(len(OPERATIONS))
+EDGE = 1 << 10  # more than there are tokens: an edge's input · EDGE + its operation is one number
 
 PUBLISHED: dict[str, str] = {  # the architectures that the papers report; the training scripts spell them out to be edited
     'NAONet_A': '0 7 1 15 2 8 1 7 0 6 1 7 0 8 4 7 1 5 0 7 0 7 1 13 0 6 0 14 0 9 1 10 0 14 2 6 1 11 0 7',
@@ -220,6 +221,30 @@ def swap_operands(sequences: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(swap, nodes.flip(3), nodes).reshape(batch, length)
 
 
+def write_nodes(sequences: Tensor, rank: Callable[[Tensor], Tensor]) -> Tensor:
+    """Write each cell's nodes in another order: of those whose inputs are written, the one of the lowest rank comes next.
+
+    sequences: (batch, 8·B) tokens of a Vocabulary; rank: what the nodes read, a number for each input, as it is written
+    now, and its operation (cells, B, 2) -> (cells, B).
+    """
+    batch, length = sequences.shape
+    count = length // 8
+    cells = sequences.reshape(2 * batch, count, 2, 2)  # node, operand, its input and operation
+    read = cells[..., 0].flatten(1) - 1
+    places = torch.full((2 * batch, count + 2), -1, device=sequences.device)  # of each state in the new order, -1: none yet
+    places[:, 0], places[:, 1] = 0, 1
+    order = []
+    for place in range(2, count + 2):
+        inputs = places.gather(1, read).unflatten(1, (count, 2))
+        ready = (inputs >= 0).all(2) & (places[:, 2:] < 0)
+        ranks = rank(inputs * EDGE + cells[..., 1])
+        node = torch.where(ready, ranks, ranks.max() + 1).argmin(1, keepdim=True)
+        places = places.scatter(1, node + 2, place)
+        order.append(node)
+    cells = torch.stack([places.gather(1, read).unflatten(1, (count, 2)) + 1, cells[..., 1]], dim=-1)
+    return cells.gather(1, torch.cat(order, dim=1)[..., None, None].expand_as(cells)).reshape(batch, length)
+
+
 def reorder_nodes(sequences: Tensor, generator: torch.Generator) -> Tensor:
     """Write each cell in a random one of the ways that build the same network: its nodes in any order in which what a node
     reads comes before it, and the operands of each either way round.
@@ -227,21 +252,24 @@ def reorder_nodes(sequences: Tensor, generator: torch.Generator) -> Tensor:
     sequences: (batch, 8·B) tokens of a Vocabulary. Returns a new tensor.
     """
     batch, length = sequences.shape
-    count = length // 8
-    draws = torch.rand((2 * batch, count, 2), generator=generator, device=generator.device).to(sequences.device)
-    cells = sequences.reshape(2 * batch, count, 2, 2)  # node, operand, its input and operation
+    draws = torch.rand((2 * batch, length // 8, 2), generator=generator, device=generator.device).to(sequences.device)
+    cells = sequences.reshape(2 * batch, length // 8, 2, 2)
     cells = torch.where((draws[..., 1] < 0.5)[..., None, None], cells.flip(2), cells)
-    read = cells[..., 0].flatten(1) - 1
-    places = torch.full((2 * batch, count + 2), -1, device=sequences.device)  # of each state in the new order, -1: none yet
-    places[:, 0], places[:, 1] = 0, 1
-    order = []
-    for place in range(2, count + 2):
-        ready = (places.gather(1, read) >= 0).unflatten(1, (count, 2)).all(2) & (places[:, 2:] < 0)
-        node = torch.where(ready, draws[..., 0], -1.0).argmax(1, keepdim=True)
-        places = places.scatter(1, node + 2, place)
-        order.append(node)
-    cells = torch.stack([places.gather(1, read).unflatten(1, (count, 2)) + 1, cells[..., 1]], dim=-1)
-    return cells.gather(1, torch.cat(order, dim=1)[..., None, None].expand_as(cells)).reshape(batch, length)
+    return write_nodes(cells.reshape(batch, length), lambda edges: draws[..., 0])
+
+
+def canonical(sequences: Tensor) -> Tensor:
+    """Write each cell in the one way, of all that build the same network, that `write_nodes` chooses by what nodes read.
+
+    sequences: (batch, 8·B) tokens of a Vocabulary. Returns a new tensor. (Nodes that compute the same keep their order, so
+    that a few cells have several such ways.)
+    """
+    def rank(edges: Tensor) -> Tensor:
+        edges = edges.sort(dim=2).values
+        return edges[..., 0] * EDGE ** 2 + edges[..., 1]
+    cells = write_nodes(sequences, rank).reshape(len(sequences), 2, -1, 2, 2)
+    operands = (cells[..., 0] * EDGE + cells[..., 1]).argsort(dim=-1, stable=True)
+    return cells.gather(3, operands[..., None].expand_as(cells)).reshape(sequences.shape)
 
 
 # How architectures are rewritten in each epoch of a controller's fit, by the names of the option.

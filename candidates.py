@@ -47,7 +47,7 @@ def read_results(run: Run, recipe: Recipe) -> dict[str, float]:
     perhaps with flags that help.
     """
     mine = {}
-    given = getattr(run.args, 'child_results', None)  # those of another search
+    given = recipe.kind == 'candidate' and getattr(run.args, 'child_results', None)  # those of another search
     for path in [*filter(None, [given and Path(given)]), *sorted(run.output_dir.glob('results.*.jsonl'))]:
         for result in read_records(path, {recipe.kind: {'arch': str, 'accuracy': (int, float)}}):
             if (result['kind'] == recipe.kind and result.get('epochs', recipe.epochs) == recipe.epochs

@@ -397,34 +397,46 @@ def new_architectures(nao: NAO, seeds: Tensor, known: Iterable[Sequence[int]], c
     return found, per_lambda
 
 
-def choose(predictions: Tensor, count: int, beta: float, candidates: Tensor, known: Tensor, apart: int = 0) -> list[int]:
+def distances(one: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """In how many tokens sequences (count, length) differ from the nearest of others (at least one, length): (count,).
+
+    one, others: in each of the ways that they are written in; the nearest way counts.
+    """
+    return torch.stack([torch.cdist(written.cpu().float(), other.cpu().float(), p=0).amin(1)
+                        for written, other in zip(one, others, strict=True)]).amin(0)
+
+
+def choose(predictions: Tensor, count: int, beta: float, candidates: Sequence[Tensor], known: Sequence[Tensor],
+           apart: int = 0) -> list[int]:
     """The rows of candidates (rows, length), predicted as (members, rows), to choose: at most `count`, in the order of the
     choice.
 
     Each is the best that is left by the mean of the members' log-odds + a weight, from 0 to `beta` in even steps, of their
     deviation: some are what the members expect most of, others what they disagree about. It differs in at least `apart`
-    tokens from those chosen before it and from the known (at least one, length), or in as many as any that is left.
+    tokens from those chosen before it and from the known, or in as many as any that is left; for both see `distances`.
     """
     odds = predictions.cpu().double().clamp(SURE, 1 - SURE).logit()  # not on MPS, which has no double precision
     mean, deviation = odds.mean(0), odds.std(0, correction=0)
-    rows = candidates.cpu().float()
-    nearest = torch.cdist(rows, known.cpu().float(), p=0).amin(1)  # tokens in which it differs
+    left = torch.ones(len(mean), dtype=torch.bool)
+    nearest = distances(candidates, known)
     chosen: list[int] = []
     for weight in torch.linspace(0, beta, count).tolist()[:len(mean)]:
-        far = nearest >= nearest.max().clamp(max=max(apart, 1))
-        chosen.append(int((mean + weight * deviation).masked_fill(~far, -math.inf).argmax()))
-        nearest = torch.minimum(nearest, torch.cdist(rows, rows[chosen[-1:]], p=0).squeeze(1))
+        fits = left & (nearest >= nearest[left].max().clamp(max=apart))
+        chosen.append(int((mean + weight * deviation).masked_fill(~fits, -math.inf).argmax()))
+        left[chosen[-1]] = False
+        nearest = torch.minimum(nearest, distances(candidates, [written[chosen[-1:]] for written in candidates]))
     return chosen
 
 
 def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]], count: int, settings: Settings,
-            generator: torch.Generator,
-            admits: Callable[[Sequence[int]], bool] | None = None) -> tuple[list[tuple[int, ...]], dict[float, int]]:
+            generator: torch.Generator, admits: Callable[[Sequence[int]], bool] | None = None,
+            canonical: Callable[[Tensor], Tensor] | None = None) -> tuple[list[tuple[int, ...]], dict[float, int]]:
     """At most `count` sequences not in `known`, ascended from seeds (batch, length), best first, by every NAO and decoded.
 
     With settings.redrawn the ascent starts from redrawn seeds as well (see `redraw`). With settings.candidates each NAO
     decodes up to that many, among all of which `choose` does; without, each decodes its share and the first come are taken.
-    What `admits` says no to is passed over where it is decoded. Returns them, and how many each λ decoded.
+    What `admits` says no to is passed over where it is decoded. canonical: writes sequences that mean the same alike, by which
+    `choose` compares them too. Returns them, and how many each λ decoded.
     """
     if settings.redrawn:
         seeds = torch.cat([seeds, redraw(naos[0], seeds, settings.redrawn, generator)])
@@ -437,11 +449,12 @@ def propose(naos: Sequence[NAO], seeds: Tensor, known: Collection[Sequence[int]]
         per_lambda.update(counts)
     candidates = list(pool)
     if settings.candidates and candidates:
+        tokens, known_tokens = (torch.tensor(list(each), device=seeds.device) for each in (candidates, known))
         with torch.no_grad():
-            tokens = torch.tensor(candidates, device=seeds.device)
             predictions = torch.cat([nao.predict(tokens) for nao in naos], dim=1).T
-        known_tokens = torch.tensor([*known])
-        chosen = choose(predictions, count, settings.beta, tokens, known_tokens, int(settings.apart * tokens.shape[1]))
+        ways = [lambda sequences: sequences, *filter(None, [canonical])]
+        chosen = choose(predictions, count, settings.beta, [way(tokens) for way in ways], [way(known_tokens) for way in ways],
+                        int(settings.apart * tokens.shape[1]))
         candidates = [candidates[row] for row in chosen]
     return candidates, dict(per_lambda)
 

@@ -89,7 +89,8 @@ def by_controllers(known: Known, count: int) -> Proposal:
     per_lambda: Counter[float] = Counter()
     for seeds in tokens.split(known.settings.top):
         found, written = controller.propose(known.naos, seeds, [*tokens.tolist(), *new], count - len(new), known.settings,
-                                            known.generator, admits if known.budget.limits else None)
+                                            known.generator, admits if known.budget.limits else None,
+                                            architecture.canonical)
         new += found
         per_lambda.update(written)
         if len(new) >= count or not known.budget.limits:

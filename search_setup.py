@@ -27,6 +27,7 @@ from flags import (
     FRACTION,
     KEEP,
     LAYERS,
+    MANY,
     NODES,
     NOT_NEGATIVE,
     POOL,
@@ -65,13 +66,14 @@ SAMPLING = ('uniform', 'parameters')  # how a supernet's step draws its architec
 NO_EFFECT = (  # flags of the reference that do nothing
     'mode', 'controller_optimizer', 'controller_source_length', 'controller_encoder_length', 'controller_encoder_vocab_size',
     'controller_decoder_length', 'controller_decoder_vocab_size')
-SHARED, SMALL = ('NAO-WS', 'NAO-V2'), ('cifar10', 'cifar100', 'digits', 'folder')
+SHARED, SMALL, SOME = ('NAO-WS', 'NAO-V2'), ('cifar10', 'cifar100', 'digits', 'folder'), range(1, MANY)
 MATTERS = {  # flags that change something only where another one has one of these values
     'save_every': ('method', SHARED), 'rounds': ('method', ('NAO', 'NAO-V2')), 'child_eval_epochs': ('method', ('NAO-WS',)),
     'child_results': ('method', ('NAO',)), 'child_sampling': ('method', SHARED), 'child_rank_epochs': ('method', SHARED),
     'child_cutout_size': ('dataset', SMALL), 'child_lr_max': ('dataset', SMALL), 'child_lr_min': ('dataset', SMALL),
     'child_lr_epochs': ('dataset', SMALL), 'child_lr': ('dataset', ('imagenet',)), 'child_gamma': ('dataset', ('imagenet',)),
-    'child_decay_period': ('dataset', ('imagenet',)), 'child_label_smooth': ('dataset', ('imagenet',))}
+    'child_decay_period': ('dataset', ('imagenet',)), 'child_label_smooth': ('dataset', ('imagenet',)),
+    'controller_beta': ('controller_candidates', SOME), 'controller_apart': ('controller_candidates', SOME)}
 CONTROLLER_SIZES = ('encoder_layers', 'encoder_hidden_size', 'encoder_emb_size', 'encoder_dropout', 'mlp_layers',
                     'mlp_hidden_size', 'mlp_dropout', 'decoder_layers', 'decoder_hidden_size', 'decoder_dropout')
 
@@ -251,7 +253,7 @@ def check(args: argparse.Namespace) -> None:
     check_controller(args)
     if args.child_lr_min > args.child_lr_max:
         raise UserError(f'--child_lr_min={args.child_lr_min:g} is above --child_lr_max={args.child_lr_max:g}')
-    if args.child_results:
+    if args.child_results and args.method == 'NAO':
         given = Path(args.child_results)
         if not given.is_file():
             raise UserError(f'--child_results={given}: there is no such file')

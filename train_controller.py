@@ -29,6 +29,7 @@ from flags import NODES, POOL, Parser, UserError, add, add_machine_flags, direct
 from proposers import Known
 from utils import Run, commit
 
+NEW, PREDICTED = 'new_arch_pool', 'new_arch_pool.predicted'  # the files that it writes
 SIZE_FLAGS = '--controller_*, --nodes and --search_space'  # that decide a controller's parameters
 
 
@@ -60,6 +61,10 @@ def parse_args() -> argparse.Namespace:
         raise UserError('--state is of fits, which need --arch_pool and --arch_pool_perf')
     if args.state and not (Path(args.state).parent.is_dir() or Path(args.state).parent == Path(args.output_dir)):
         raise UserError(f'--state={args.state}: there is no such directory')
+    written = {(Path(args.output_dir) / name).resolve() for name in (NEW, PREDICTED)}
+    for flag in ('arch_pool', 'arch_pool_perf', 'state'):
+        if (path := getattr(args, flag)) and Path(path).resolve() in written:
+            raise UserError(f'--{flag}={path}: is what this writes; give a copy of it, or another --output_dir')
     return args
 
 
@@ -121,6 +126,8 @@ def begin(run: Run) -> None:
     run.open_output(anew=False)
     run.log(f'{run.environment()}, commit {commit()}')
     run.log_arguments()
+    for line in search_setup.without_use(run.args):
+        run.log(line)
 
 
 @torch.no_grad()
@@ -165,11 +172,11 @@ def main() -> None:
     args = parse_args()
     run = Run(args)
     new, predicted, state = ask(run, architecture.vocabulary(args.nodes, args.search_space), costs.budget_of(args))
-    path = run.output_dir / 'new_arch_pool'
+    path = run.output_dir / NEW
     write_lines(path, new)
-    path.with_name('new_arch_pool.predicted').unlink(missing_ok=True)  # of those before
+    path.with_name(PREDICTED).unlink(missing_ok=True)  # of those before
     if predicted is not None:
-        write_lines(path.with_name('new_arch_pool.predicted'), predicted)
+        write_lines(path.with_name(PREDICTED), predicted)
     if args.state:
         run.save(state, Path(args.state))
     run.log(f'{len(new)} new architectures are in {path}')

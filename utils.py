@@ -295,7 +295,9 @@ class Run:
         now = vars(self.args)
         changed = [f'--{name}={now[name]} (was {value})' for name, value in state['args'].items()
                    if name in now and now[name] != value and name != 'workers']  # which makes no difference
-        self.log(f'resumed after {where}' + (f', with other flags: {" ".join(changed)}' if changed else ''))
+        unknown = [f'--{name}={value}' for name, value in now.items() if name not in state['args']]
+        self.log(f'resumed after {where}' + (f', with other flags: {" ".join(changed)}' if changed else '')
+                 + (f', with flags that there were not then: {" ".join(unknown)}' if unknown else ''))
 
     def restore_generators(self, state: dict[str, Any], where: str) -> None:
         """Set all generators as they were when a checkpoint was written, at `where`; see `resume`."""

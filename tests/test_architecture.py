@@ -14,6 +14,7 @@ import architecture
 from architecture import (
     Architecture,
     ArchitectureError,
+    canonical,
     parse,
     read,
     read_pool,
@@ -333,3 +334,18 @@ def test_a_cell_is_written_in_all_ways(generator):
     assert len({each.normal for each in written}) == 3 * 2 ** 3
     assert len({each.reduction for each in written}) == 2 ** 3
     assert len(set(written)) == 3 * 2 ** 6
+
+
+@given(st.integers(1, 6), st.integers(0, 2 ** 32), st.data())
+def test_a_canonical_cell_is_the_same_cell_however_it_was_written(nodes, seed, data):
+    arch = data.draw(architectures(nodes, operations=range(5)))
+    words = vocabulary(nodes, 'small')
+    before = words.tokens([arch] * 8, torch.device('cpu'))
+    after = canonical(reorder_nodes(before, torch.Generator().manual_seed(seed)))
+    written = [words.decode(row) for row in after.tolist()]
+    for cell in ('normal', 'reduction'):
+        terms = computed(getattr(arch, cell))
+        assert all(computed(getattr(each, cell)) == terms for each in written)
+        if len(set(terms[0])) == len(terms[0]):  # no two nodes compute the same
+            assert len({getattr(each, cell) for each in written}) == 1
+    assert torch.equal(canonical(after), after)

@@ -176,7 +176,7 @@ def test_ranks_ignore_increasing_functions_and_share_ties():
 def chosen(predictions, count, beta, **apart):
     """Choose among candidates that differ in all of their three tokens, from known ones too."""
     candidates = torch.arange(predictions.shape[1])[:, None].expand(-1, 3)
-    return choose(predictions, count, beta, candidates, torch.full((2, 3), -1), **apart)
+    return choose(predictions, count, beta, [candidates], [torch.full((2, 3), -1)], **apart)
 
 
 @pytest.mark.parametrize('apart', [0, 3])
@@ -199,10 +199,18 @@ def test_a_choice_keeps_its_distance_as_far_as_there_is_one():
                                [1, 1, 4, 4],
                                [4, 4, 4, 4]])
     predictions = torch.tensor([[.9, .8, .7, .6, .5]])
-    assert choose(predictions, 5, 0, candidates, known) == [0, 1, 2, 3, 4]
-    assert choose(predictions, 5, 0, candidates, known, 1) == [0, 1, 2, 3, 4]
-    assert choose(predictions, 5, 0, candidates, known, 2) == [1, 3, 4, 0, 2]
-    assert choose(predictions, 5, 0, candidates, known, 3) == [1, 4, 3, 0, 2], 'then the farthest that are left'
+    for apart, expected in ((0, [0, 1, 2, 3, 4]), (1, [0, 1, 2, 3, 4]), (2, [1, 3, 4, 0, 2])):
+        assert choose(predictions, 5, 0, [candidates], [known], apart) == expected
+    assert choose(predictions, 5, 0, [candidates], [known], 3) == [1, 4, 3, 0, 2], 'then the farthest that are left'
+
+
+def test_a_choice_compares_however_candidates_are_written():
+    known, candidates = torch.tensor([[1, 2, 3]]), torch.tensor([[3, 2, 1], [2, 3, 3], [4, 4, 4]])
+    predictions = torch.tensor([[.9, .8, .7]])
+    ways = [[rows, rows.sort(dim=1).values] for rows in (candidates, known)]
+    assert choose(predictions, 2, 0, [candidates], [known], 2) == [0, 1]
+    assert choose(predictions, 2, 0, *ways, 2) == [1, 2], 'the first is the known one, in another order'
+    assert choose(predictions, 3, 0, *ways) == [0, 1, 2]
 
 
 def test_proposals_keep_the_distance_that_the_settings_ask_for():

@@ -585,6 +585,11 @@ def test_candidates_can_be_trained_without_a_search(tmp_path, monkeypatch):
     assert candidates.read_results(run_here, recipe) == {TINY: first[0]}
     assert candidates.train_all(run_here, recipe, pool, 1) == first
     assert candidates.read_results(run_here, recipe._replace(epochs=2)) == {}  # a longer training says something else
+    args.child_results, args.output_dir = str(tmp_path / 'results.0.jsonl'), str(tmp_path / 'other')
+    elsewhere = utils.Run(args)
+    assert candidates.read_results(elsewhere, recipe) == {TINY: first[0]}
+    assert candidates.read_results(elsewhere, recipe._replace(kind='rank')) == {}  # which --child_results is not for
+    args.child_results = None
     old = disk.read_records(tmp_path / 'results.0.jsonl', {})
     old[0].pop('epochs')
     (tmp_path / 'results.0.jsonl').write_text(json.dumps(old[0]) + '\n')

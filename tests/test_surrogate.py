@@ -20,9 +20,10 @@ def drawn(count, seed=0):
 
 
 def write_results(folder, archs, accuracies):
-    """What a search leaves of its trainings."""
+    """What a search leaves of its trainings, one of which failed."""
     folder.mkdir(parents=True)
-    lines = [{'kind': 'candidate', 'arch': str(arch), 'accuracy': float(accuracy), 'seconds': 1.0}
+    lines = [{'kind': 'candidate', 'arch': str(drawn(1, 99)[0]), 'accuracy': 0.0, 'error': 'out of memory'}]
+    lines += [{'kind': 'candidate', 'arch': str(arch), 'accuracy': float(accuracy), 'seconds': 1.0}
              for arch, accuracy in zip(archs, accuracies, strict=True)]
     (folder / 'results.0.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     return folder
@@ -69,14 +70,18 @@ def test_a_search_is_the_same_again_and_is_kept(trained, tmp_path, monkeypatch, 
     searches = [json.loads(line) for line in (tmp_path / 'kept').read_text().splitlines()]
     assert [each['seed'] for each in searches] == [1000, 1001]
     assert all(len(each['measured']) == len(each['truth']) == 30 for each in searches)
-    assert output(*command, '--seeds=2', f'--keep={tmp_path / "kept"}') == shown, 'made again'
+    with monkeypatch.context() as patch:
+        patch.delattr(surrogate, 'search')
+        assert output(*command, '--seeds=2', f'--keep={tmp_path / "kept"}') == shown
     alone = output(*command, '--seeds=1', f'--keep={tmp_path / "anew"}')
     again = json.loads((tmp_path / 'anew').read_text())
     assert again['measured'] == searches[0]['measured'] and f'{proposer}, 1 searches' in alone
 
 
-def test_what_is_no_search(tmp_path):
+def test_mistakes(trained, tmp_path):
     assert 'results.0.jsonl: cannot be read' in mistake('tools/surrogate.py', tmp_path)
     assert 'has no training yet' in mistake('tools/surrogate.py', write_results(tmp_path / 'new', [], []))
+    assert 'folder does not exist' in mistake('tools/surrogate.py', *trained, f'--keep={tmp_path / "no" / "kept"}')
+    assert 'must be equal' in mistake('tools/surrogate.py', *trained, '--controller_encoder_hidden_size=64')
     other = write_results(tmp_path / 'other', ['0 1 1 2 0 3 1 4'], [0.5])
     assert 'an architecture has 8 x 5 nodes' in mistake('tools/surrogate.py', other)

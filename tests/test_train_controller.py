@@ -197,6 +197,8 @@ def test_files_that_do_not_fit(pool, perf, words, tmp_path):
     (['--state=state.pt'], ['--state is of fits, which need --arch_pool']),
     (['--arch_pool=pool', '--arch_pool_perf=perf'], ['--arch_pool: pool: cannot be read']),
     (['--arch_pool=pool', '--arch_pool_perf=perf', '--state=no/where/state.pt'], ['--state=no/where/state.pt: there is no']),
+    (['--arch_pool=out/new_arch_pool', '--arch_pool_perf=perf'], ['--arch_pool=out/new_arch_pool: is what this writes']),
+    (['--arch_pool=a', '--arch_pool_perf=out/../out/new_arch_pool.predicted'], ['predicted: is what this writes']),
     (['--controller_encoder_hidden_size=16'], ['must be equal']),
     (['--controller_new_arch=5'], ['there is no flag'])])
 def test_flags_that_do_not_go_together(flags, words, tmp_path):

@@ -61,7 +61,8 @@ propose() {
   local proposer=$2 settings=()
   case $2 in
     controller) settings=(--controller_rewriting=operands --controller_apart=0) ;;  # the preset before its mends
-    mended) proposer=controller ;;
+    mended) proposer=controller ;;  # and chance, random search, on fresh seeds
+    chance) proposer=random ;;
   esac
   search "$2/seed$1" "${alone[@]}" --seed="$1" --controller_seed_arch=40 --controller_new_arch=10 --rounds=8 \
     --proposer="$proposer" --controller_preset=best ${settings[@]+"${settings[@]}"} --child_results="$KEPT/initial/seed$1/results.0.jsonl"
@@ -102,7 +103,7 @@ five() {
 everything() {
   local seed
   for seed in 0 1 2 3 4 5; do echo "searches $seed controller random"; done
-  for seed in 10 11 12 13 14 15; do echo "searches $seed mended random"; done
+  for seed in 10 11 12 13 14 15; do echo "searches $seed mended chance"; done
   for seed in 0 1 2 3 4 5; do echo "searches $seed evolution"; done
   for seed in 0 1; do echo "twice $seed"; done
   for seed in 0 1 2; do echo "score $seed"; done

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import runs
 import torch
-from search_tables import add_result, fingerprint, read_results
+from search_tables import UserError, add_result, fingerprint, read_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -85,7 +85,7 @@ def read_measured(folders: list[Path]) -> Measured:
     for path in (folder / 'results.0.jsonl' for folder in folders):
         try:
             for record in read_records(path, {'candidate': {'arch': str, 'accuracy': float}}):
-                if record['kind'] == 'candidate':
+                if record['kind'] == 'candidate' and 'error' not in record:
                     arch = architecture.parse(record['arch'], NODES, operations.SEARCH_SPACES[SPACE])
                     found[path.parent.name, arch] = 100 * record['accuracy']
         except OSError as error:
@@ -102,7 +102,7 @@ class Truth:
     """One draw from the posterior (Matheron's rule: a draw from the prior, corrected by what was measured)."""
 
     def __init__(self, measured: Measured, seed: int):
-        random = np.random.default_rng(seed)
+        random = np.random.default_rng((seed, 0))
         self.mean, self.deviation = measured.inputs.mean(0), measured.inputs.std(0) + 1e-9
         self.known = (measured.inputs - self.mean) / self.deviation
         self.waves = random.normal(0, (2 * GAMMA) ** 0.5, (self.known.shape[1], FOURIER))
@@ -140,9 +140,9 @@ def search(truth: Truth, args: argparse.Namespace, seed: int) -> dict:
     average = truth(costs.sample(2000, space, torch.Generator().manual_seed(seed + 10 ** 6), budget, ())).mean()
     pool = costs.sample(SEARCH['initial'], space, generator, budget, ())
     real = list(truth(pool) - average)
-    noise = np.random.default_rng(seed)
+    noise = np.random.default_rng((seed, 1))  # other numbers than the truth's
     measured = [value + noise.normal(0, NOISE ** 0.5) for value in real]
-    born = [0] * len(pool)
+    born = list(range(len(pool)))
     run = SimpleNamespace(device=torch.device('cpu'), log=lambda line: None, warn=lambda line: None)
     for number in range(SEARCH['rounds']):
         order = sorted(range(len(pool)), key=lambda index: -measured[index])
@@ -151,7 +151,9 @@ def search(truth: Truth, args: argparse.Namespace, seed: int) -> dict:
         if args.proposer in proposers.LEARNING:
             proposers.fit(run, known, args.controller_expand, first=number == 0)
         new, _ = proposers.PROPOSERS[args.proposer](known, SEARCH['round'])
-        born += [len(pool)] * len(new)
+        if not new:
+            break
+        born += range(len(pool), len(pool) + len(new))
         pool += new
         real += list(truth(new) - average)
         measured += [value + noise.normal(0, NOISE ** 0.5) for value in real[len(measured):]]
@@ -160,14 +162,16 @@ def search(truth: Truth, args: argparse.Namespace, seed: int) -> dict:
 
 def parse_args() -> argparse.Namespace:
     """The tool's flags; those of the controller are the search's. Raises UserError."""
-    parser = flags.Parser('Search a surrogate of real trainings.')
+    parser = flags.Parser('Search a surrogate of real trainings.', 'DIR ...')
     parser.add_argument('folders', type=Path, nargs='+', metavar='DIR', help='of a search, whose results.0.jsonl is known')
     flags.add(parser, 'proposer', 'who proposes new architectures', 'controller', choices=proposers.PROPOSERS)
     flags.add(parser, 'seeds', 'searches, of seeds from 1000', 8, type=flags.POSITIVE_INT)
     flags.add(parser, 'keep', 'file that searches are kept in, and not made again', type=Path)
     search_setup.add_controller_flags(parser, without=('seed_arch', 'new_arch'))
     search_setup.set_preset(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    search_setup.check_controller(args)
+    return args
 
 
 def show(searches: list[dict]) -> None:
@@ -194,7 +198,10 @@ def main() -> None:
     learnt = args.proposer in proposers.LEARNING
     given = {name: value for name, value in vars(args).items() if name.startswith('controller_')} if learnt else {}
     settings = fingerprint((args.proposer, given, measured.accuracies.tolist()))
-    kept = read_results(args.keep, KEY) if args.keep else {}
+    try:
+        kept = read_results(args.keep, KEY) if args.keep else {}
+    except UserError as error:
+        raise flags.UserError(str(error)) from None
     searches = []
     for seed in range(1000, 1000 + args.seeds):
         if (settings, seed) not in kept:
