@@ -161,6 +161,6 @@ def test_the_figure(tmp_path):
     lines = {line.get_label(): line.get_ydata() for line in left.lines}
     assert lines[r'\$a\$'].tolist() == [10, 30, 40] and np.isnan(lines['b'][2]), 'a whole line only where all runs are'
     assert len(right.lines) >= 2 and [label.get_text() for label in right.get_xticklabels()] == [r'\$a\$', 'b']
-    assert right.get_title('left') == 'each seed after 2 architectures' and left.lines[0].get_marker() == 'o'
+    assert right.get_title('left') == 'each seed after 2' and left.lines[0].get_marker() == 'o'
     assert '±: standard error' in output('tools/compare.py', f'a={tmp_path}/a*', '-o', tmp_path / 'a.png')
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')

@@ -286,7 +286,7 @@ def figure(groups: dict[str, list[Member]], at: int) -> Any:
         right.set_xlim(-0.5, len(groups) - 0.5)
         plot.finish(left, 'mean of the seeds ± standard error', unit,
                     'accuracy (%)' if unit == 'epoch' else 'best so far, validation accuracy (%)', curves, 100)
-        where = f'at epoch {at}' if unit == 'epoch' else f'after {at} architectures'
+        where = f'at epoch {at}' if unit == 'epoch' else f'after {at}'
         plot.finish(right, f'each seed {where}', 'lines join runs of the same seed', 'accuracy (%)', ends, 100)
         plot.count_from_left(left)
         for axes in (left, right):
