@@ -51,6 +51,8 @@ def test_a_cell_is_described_however_it_is_written(seed):
 
 def test_a_truth_follows_what_was_measured_and_another_seed_draws_another(trained):
     measured = surrogate.read_measured(trained)
+    (trained[1] / 'results.0.jsonl').rename(trained[1] / 'results.1.jsonl')  # of another process
+    assert np.array_equal(surrogate.read_measured(trained).accuracies, measured.accuracies)
     assert measured.accuracies.shape == (120,) and measured.groups.tolist() == [0] * 60 + [1] * 60
     archs = drawn(200, 2)
     convolutions = surrogate.features(archs)[:, :2].sum(1)
@@ -79,8 +81,8 @@ def test_a_search_is_the_same_again_and_is_kept(trained, tmp_path, monkeypatch, 
 
 
 def test_mistakes(trained, tmp_path):
-    assert 'results.0.jsonl: cannot be read' in mistake('tools/surrogate.py', tmp_path)
-    assert 'has no training yet' in mistake('tools/surrogate.py', write_results(tmp_path / 'new', [], []))
+    assert 'has no results.*.jsonl with a training' in mistake('tools/surrogate.py', tmp_path)
+    assert 'has no results.*.jsonl with a training' in mistake('tools/surrogate.py', write_results(tmp_path / 'new', [], []))
     assert 'folder does not exist' in mistake('tools/surrogate.py', *trained, f'--keep={tmp_path / "no" / "kept"}')
     assert 'must be equal' in mistake('tools/surrogate.py', *trained, '--controller_encoder_hidden_size=64')
     other = write_results(tmp_path / 'other', ['0 1 1 2 0 3 1 4'], [0.5])

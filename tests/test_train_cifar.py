@@ -246,6 +246,11 @@ def test_a_training_goes_on_with_more_epochs_and_says_what_changed(few, tmp_path
         assert result.status == 0
     assert 'resumed after epoch 1, with other flags: --epochs=2 (was 1)' in result.out
     assert [line['epoch'] for line in metrics(tmp_path)] == [1, 2]
+    state = load(tmp_path / 'checkpoint.pt')
+    del state['args']['cutout_size']  # as if there had been no such flag
+    torch.save(state, tmp_path / 'checkpoint.pt')
+    result = run(PROGRAM, *FLAGS, '--epochs=2', f'--output_dir={tmp_path}', preamble=few)
+    assert result.status == 0 and 'resumed after epoch 2, with flags that there were not then: --cutout_size=' in result.out
 
 
 def test_a_training_goes_on_with_larger_batches_on_the_same_schedule(few, tmp_path):

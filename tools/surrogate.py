@@ -3,7 +3,7 @@
     python tools/surrogate.py exp/search/seed* --proposer=evolution
     python tools/surrogate.py exp/search/seed* --controller_preset=best --controller_apart=0.3 --keep surrogate.jsonl
 
-Each seed draws its own truth from a Gaussian process's posterior given the trainings (results.0.jsonl; nodes 5, small space)
+Each seed draws its own truth from a Gaussian process's posterior given the trainings (results.*.jsonl; nodes 5, small space)
 of all the directories, so that it fits what was measured and varies where nothing was. The kernel is over what cells compute,
 however they are written; directories of the same name have a mean of their own (other images). A search measures truth +
 noise. Printed are accuracies in per cent above a random architecture's mean: what it measured, and the truth. --keep has the
@@ -82,18 +82,18 @@ class Measured(NamedTuple):
 def read_measured(folders: list[Path]) -> Measured:
     """The trainings of directories. Raises UserError."""
     found = {}
-    for path in (folder / 'results.0.jsonl' for folder in folders):
+    for path in [path for folder in folders for path in sorted(folder.glob('results.*.jsonl'))]:
         try:
-            for record in read_records(path, {'candidate': {'arch': str, 'accuracy': float}}):
+            for record in read_records(path, {'candidate': {'arch': str, 'accuracy': (int, float)}}):
                 if record['kind'] == 'candidate' and 'error' not in record:
                     arch = architecture.parse(record['arch'], NODES, operations.SEARCH_SPACES[SPACE])
                     found[path.parent.name, arch] = 100 * record['accuracy']
         except OSError as error:
-            raise flags.UserError(f'{path}: cannot be read ({error.strerror}); a search by --method=NAO leaves it') from None
+            raise flags.UserError(f'{path}: cannot be read ({error.strerror})') from None
         except architecture.ArchitectureError as error:
             raise flags.UserError(f'{path}: {error}') from None
     if not found:
-        raise flags.UserError(f'{folders[0]}: has no training yet')
+        raise flags.UserError(f'{folders[0]}: has no results.*.jsonl with a training, which a search by --method=NAO leaves')
     groups, archs = zip(*found, strict=True)
     return Measured(features(list(archs)), np.unique(groups, return_inverse=True)[1], np.array(list(found.values())))
 
@@ -163,7 +163,7 @@ def search(truth: Truth, args: argparse.Namespace, seed: int) -> dict:
 def parse_args() -> argparse.Namespace:
     """The tool's flags; those of the controller are the search's. Raises UserError."""
     parser = flags.Parser('Search a surrogate of real trainings.', 'DIR ...')
-    parser.add_argument('folders', type=Path, nargs='+', metavar='DIR', help='of a search, whose results.0.jsonl is known')
+    parser.add_argument('folders', type=Path, nargs='+', metavar='DIR', help='of a search, whose results.*.jsonl are known')
     flags.add(parser, 'proposer', 'who proposes new architectures', 'controller', choices=proposers.PROPOSERS)
     flags.add(parser, 'seeds', 'searches, of seeds from 1000', 8, type=flags.POSITIVE_INT)
     flags.add(parser, 'keep', 'file that searches are kept in, and not made again', type=Path)
