@@ -121,6 +121,19 @@ def update(run: Run, optimizer: torch.optim.Optimizer, loss: Tensor, grad_bound:
     group['params'] = parameters
 
 
+def make_step(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor | None]], optimizer: torch.optim.Optimizer,
+              images: Tensor, labels: Tensor, weight: float, step: int, grad_bound: float, label_smooth: float,
+              shares_weights: bool) -> tuple[Tensor, Tensor]:
+    """Train on a batch whose mean loss counts `weight`, see train_epoch; its logits (batch, classes) and mean loss ()."""
+    with run.autocast():
+        logits, aux_logits = forward(images, step)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smooth)
+        if aux_logits is not None:
+            loss = loss + AUX_WEIGHT * F.cross_entropy(aux_logits, labels, label_smoothing=label_smooth)
+    update(run, optimizer, loss * weight if weight != 1 else loss, grad_bound, shares_weights)
+    return logits, loss
+
+
 def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor | None]], optimizer: torch.optim.Optimizer,
                 batches: Iterable, *, title: str, lr: float, step: int, clock: Clock, grad_bound: float,
                 label_smooth: float = 0.0, max_steps: int | None = None,
@@ -143,12 +156,8 @@ def train_epoch(run: Run, forward: Callable[[Tensor, int], tuple[Tensor, Tensor 
         return now
 
     for done, (images, labels, weight) in enumerate(batches, start=1):
-        with run.autocast():
-            logits, aux_logits = forward(images, step)
-            loss = F.cross_entropy(logits, labels, label_smoothing=label_smooth)
-            if aux_logits is not None:
-                loss = loss + AUX_WEIGHT * F.cross_entropy(aux_logits, labels, label_smoothing=label_smooth)
-        update(run, optimizer, loss * weight if weight != 1 else loss, grad_bound, shares_weights)
+        logits, loss = make_step(run, forward, optimizer, images, labels, weight, step, grad_bound, label_smooth,
+                                 shares_weights)
         meter.update(logits, labels, loss)
         step += 1
         if done % LOG_EVERY == 0:

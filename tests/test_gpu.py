@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import ROOT, TINY, Program, few_digits, fill, load, make_run, metrics, run, torchrun, write_images
+from tooling import tool
 
 import architecture
 import datasets
@@ -163,6 +164,36 @@ def test_no_step_waits_for_the_gpu(kind, amp):
     finally:
         torch.cuda.set_sync_debug_mode('default')
     assert steps == 6 and values['loss'] < 10
+
+
+@GPU
+@pytest.mark.usefixtures('float64')
+def test_steps_replayed_as_graphs_train_as_steps_do():
+    """Weights and statistics after three epochs at different rates; the last batch of an epoch is a smaller one."""
+    pixels, labels = torch.randint(1 << 24, (52, 24, 24), dtype=torch.int32), torch.arange(52) % 10
+    mean, std = torch.full((2, 3, 1, 1), 0.5)
+    states, steps, plain = [], tool('tools/graphed.py').GraphedSteps(), training.make_step
+    for make_step in (plain, steps):
+        run = make_run(device='cuda')
+        images = datasets.ImageSet(*(tensor.to(run.device) for tensor in (pixels, labels, mean, std)), flip=True)
+        network = NASNetworkCIFAR(10, 1, 2, 4, 1.0, 1.0, False, 10, '0 1 1 2 2 0 0 3 0 3 1 0 2 2 1 4')
+        fill(network)
+        network = run.place(network).train()
+        optimizer, batches = training.sgd(run, network, 1e-4), datasets.TrainBatches(images, 8, torch.Generator())
+        training.make_step = make_step
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for lr in (0.1, 0.05, 0.01):
+                    values, _ = training.train_epoch(run, network, optimizer, batches, title='', lr=lr, step=0,
+                                                     clock=training.Clock(0, 21), grad_bound=5.0, label_smooth=0.1)
+        finally:
+            training.make_step = plain
+        states.append(({name: tensor.double().cpu() for name, tensor in network.state_dict().items()}, values['loss']))
+    assert [batch[0] for batch in steps.recorded] == [8] and steps.seen[8, 3, 16, 16, 1.0] == 18
+    (wanted, loss), (state, replayed) = states
+    assert replayed == pytest.approx(loss, rel=1e-4)
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 LITTLE = """
