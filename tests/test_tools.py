@@ -232,3 +232,12 @@ def test_a_live_line_on_a_terminal(runs):
     live = [line for line in shown.split('\r') if line.startswith('epoch 1/1 step')]
     assert live and all('loss' in line and 'top-1' in line and 'images/s' in line for line in live)
     assert 'testing 1/1' in shown
+
+
+# ------------------------------------------------------------------------------------------------------------ CUDA graphs
+
+def test_graphed_steps_want_a_program_and_a_gpu(monkeypatch):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    assert 'train.py is no program of this project' in mistake('tools/graphed.py', 'train.py')
+    assert 'README.md is no program' in mistake('tools/graphed.py', 'README.md')
+    assert 'no CUDA GPU is here' in mistake('tools/graphed.py', 'train_search.py', '--method=NAO')
