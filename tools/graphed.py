@@ -3,8 +3,8 @@
     python tools/graphed.py train_search.py --method=NAO --child_drop_path_keep_prob=1.0 ...
 
 A step of a network is recorded once for each size of batch, and a replay launches all its operations at once. The program,
-its flags and its files are the same, and its numbers up to the order in which a GPU adds. Steps that differ from each other
-are made as ever: a supernet's, and those with drop path, mixed precision or several processes or GPUs.
+its flags and its files are the same, and its numbers but for rounding. Steps that differ from each other are made as ever: a
+supernet's, and those with drop path or mixed precision; the log says which it is.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import training
 import utils
 from model import FixedNetwork
 
+PROGRAMS = ('train_search.py', 'train_cifar.py')
 EAGER = 5  # steps of each size of batch before one is recorded; cuDNN chooses its algorithms in them
 
 
@@ -42,6 +43,7 @@ class GraphedSteps:
     def __init__(self) -> None:
         self.plain = training.make_step
         self.optimizer: torch.optim.Optimizer | None = None  # that of the training that is under way
+        self.told: set[str] = set()
 
     def __call__(self, run: utils.Run, forward: Any, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor,
                  weight: float, *others: Any) -> tuple[Tensor, Tensor]:
@@ -51,9 +53,11 @@ class GraphedSteps:
             self.lr = torch.zeros((), device=run.device, dtype=torch.float32)  # as the optimiser wants it
         batch, (group,) = (*images.shape, weight), optimizer.param_groups
         self.seen[batch] += 1
-        alike = (isinstance(forward, FixedNetwork) and forward.drop_path_keep_prob >= 1 and run.amp_dtype is None
-                 and run.world == 1 and images.is_cuda
-                 and torch.cuda.current_stream(run.device) != torch.cuda.default_stream(run.device))
+        small = images.is_cuda and getattr(run.args, 'dataset', '') != 'imagenet'  # whose pinned memory is another thread's
+        alike = small and isinstance(forward, FixedNetwork) and forward.drop_path_keep_prob >= 1 and run.amp_dtype is None
+        if alike and torch.cuda.current_stream(run.device) == torch.cuda.default_stream(run.device):
+            raise flags.UserError('steps are recorded on the first visible GPU alone; CUDA_VISIBLE_DEVICES says which it is')
+        self.tell(run, 'steps are replayed as CUDA graphs' if alike else 'steps are made as ever, as they differ: no graphs')
         if not alike or self.seen[batch] <= EAGER:
             return tuple(tensor.detach() for tensor in self.plain(run, forward, optimizer, images, labels, weight, *others))
         if batch not in self.recorded:
@@ -65,30 +69,36 @@ class GraphedSteps:
         step.graph.replay()
         return step.logits, step.loss
 
+    def tell(self, run: utils.Run, line: str) -> None:
+        """Log a line that has not been logged yet."""
+        if line not in self.told:
+            self.told.add(line)
+            run.log(line)
+
     def record(self, run: utils.Run, forward: Any, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor,
                *others: Any) -> Recorded:
         """Record a step, which is not made by that. Its learning rate is read from `self.lr`."""
         graph, (group,) = torch.cuda.CUDAGraph(), optimizer.param_groups
-        lr, group['lr'] = group['lr'], self.lr
+        lr, group['lr'], measures = group['lr'], self.lr, torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = False  # nothing can be measured now; what was chosen stays
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 logits, loss = self.plain(run, forward, optimizer, images, labels, *others)
                 logits, loss = logits.detach(), loss.detach()
         finally:
-            torch.backends.cudnn.benchmark, group['lr'] = True, lr
+            torch.backends.cudnn.benchmark, group['lr'] = measures, lr
         return Recorded(graph, images, labels, logits, loss)
 
 
 def main() -> None:
     """Run the program that the first argument names."""
     parser = flags.Parser(__doc__.splitlines()[0], 'PROGRAM [FLAG ...]')
-    parser.add_argument('program', help='train_search.py or train_cifar.py')
+    parser.add_argument('program', help=' or '.join(PROGRAMS))
     parser.add_argument('arguments', nargs=argparse.REMAINDER, help='its flags')
     args = parser.parse_args()
     program = runs.ROOT / Path(args.program).name
-    if not program.is_file() or program.suffix != '.py':
-        raise flags.UserError(f'{args.program} is no program of this project, such as train_search.py')
+    if program.name not in PROGRAMS:
+        raise flags.UserError(f'{args.program} is not {" or ".join(PROGRAMS)}')
     if not torch.cuda.is_available():
         raise flags.UserError('no CUDA GPU is here, where alone steps can be recorded; run the program itself')
     torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be recorded

@@ -3,8 +3,8 @@
 #   bash tools/study.sh DIR [JOB...]   DIR: train.zip and valid.zip, CIFAR-10 in class folders. Without a JOB all of them, in
 #                                      JOBS (2, at most 6) processes of one thread; it goes on where it was stopped
 # A job is one of the lines of `everything`, such as "searches 0 controller random". Runs go to OUT (exp/study), what is small
-# and finished to KEPT (docs/study), and is not made again where it is there: KEPT=DIR makes everything anew. DEVICE=cuda trains
-# on a GPU, in float32 as on the CPU.
+# and finished to KEPT (docs/study), and is not made again where it is there: other OUT and KEPT make everything anew. DEVICE=cuda
+# trains on a GPU, in float32 as on the CPU, faster with LAUNCH="python tools/graphed.py".
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 data=${1:?DIR is missing: the directory of train.zip and valid.zip}
@@ -88,6 +88,11 @@ score() { sixty && search "supernet/seed$1" "${supernet[@]}" --seed="$1" --child
 
 # Part 3. NAO-WS from 100 architectures; its best five and the five first random ones, trained alike.
 shared() {
+  by_sharing "$1"
+  five "$1" found
+  five "$1" random
+}
+by_sharing() {
   search "shared/seed$1" "${supernet[@]}" --seed=$((300 + $1)) --controller_preset=best --controller_seed_arch=100 \
     --controller_new_arch=30 --child_eval_epochs=10
 }
@@ -108,7 +113,6 @@ everything() {
   for seed in 0 1; do echo "twice $seed"; done
   for seed in 0 1 2; do echo "score $seed"; done
   for seed in 0 1 2; do echo "shared $seed"; done
-  for seed in 0 1 2; do for pool in found random; do echo "five $seed $pool"; done; done
 }
 
 if [ $# -gt 0 ]; then
