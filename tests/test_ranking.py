@@ -1,5 +1,6 @@
 """tools/ranking.py: Kendall's τ, the regret of the top five, and what is no pool of scores."""
 
+import itertools
 import json
 
 import numpy as np
@@ -40,6 +41,19 @@ def test_regret_is_what_the_five_best_by_score_lack():
     assert ranking.regret(np.array([9., 8, 7, 6, 5, 4]), np.array([1., 2, 3, 4, 5, 7])) == 2
 
 
+@given(st.lists(st.integers(0, 9), min_size=6, max_size=9))
+def test_regret_of_chance_is_the_mean_over_all_that_can_be_drawn(values):
+    truth = np.array(values, float)
+    drawn = [truth.max() - max(five) for five in itertools.combinations(truth, 5)]
+    assert ranking.regret_of_chance(truth) == pytest.approx(np.mean(drawn))
+
+
+def test_pools_of_the_normal_cell_are_counted():
+    normal, reduction = '0 3 1 4 2 2 1 1', '0 3 1 3 0 3 1 2'  # of the small space 2 and 3 are pools
+    assert ranking.pools_of(architecture.parse(f'{normal} {reduction}')) == 2
+    assert ranking.pools_of(architecture.parse('0 10 1 15 2 8 1 7 0 13 1 12 0 8 2 7')) == 2  # of the large one 10 to 15
+
+
 def test_a_score_that_says_nothing_gets_no_help_from_the_order_of_the_files(tmp_path):
     """The pools of trainings stand best first."""
     bad, *good = sorted(ARCHS, reverse=True)  # the best one is last among equals
@@ -56,8 +70,12 @@ def test_scores_beside_trainings(tmp_path):
     down = scored(tmp_path / 'down', up[::-1])
     output('tools/ranking.py', '--alone', *alone, '--scores', down, '--layers=1', '--channels=4', '--json', tmp_path / 'out')
     found = json.loads((tmp_path / 'out').read_text())
-    assert found['trainings among each other'] == {'tau': pytest.approx(24 / 28), 'regret': 0}
-    assert found[str(down)] == {'tau': pytest.approx((-1 - 24 / 28) / 2), 'regret': pytest.approx(30)}
+    pools = [ranking.pools_of(architecture.parse(arch)) for arch in ARCHS]
+    each = [np.corrcoef(values, pools)[0, 1] for values in (up, noisy)]
+    assert found['trainings among each other'] == {'tau': pytest.approx(24 / 28), 'regret': 0,
+                                                   'pools': pytest.approx(np.mean(each))}
+    assert found[str(down)] == {'tau': pytest.approx((-1 - 24 / 28) / 2), 'regret': pytest.approx(30),
+                                'pools': pytest.approx(-each[0])}
     assert -1 <= found['multiply-adds']['tau'] <= 1
 
 

@@ -84,7 +84,15 @@ sixty() {
   [ -e "$KEPT/sixty" ] || { { trained 0 && trained 1 | head -20; } > "$KEPT/sixty.$$" && mv "$KEPT/sixty.$$" "$KEPT/sixty"; }
 }
 twice() { sixty && search "twice/seed$1" "${alone[@]}" --seed=$((200 + $1)) --child_arch_pool="$KEPT/sixty" --rounds=0; }
-score() { sixty && search "supernet/seed$1" "${supernet[@]}" --seed="$1" --child_arch_pool="$KEPT/sixty" --child_eval_epochs=60; }
+score() {
+  local name=supernet settings=()
+  case ${2:-} in  # changes against what these supernets get wrong
+    parameters) name=$2 settings=(--child_sampling=parameters) ;;
+    longer) name=$2 settings=(--child_epochs=180 --child_eval_epochs=180) ;;
+  esac
+  sixty && search "$name/seed$1" "${supernet[@]}" --seed="$1" --child_arch_pool="$KEPT/sixty" --child_eval_epochs=60 \
+    ${settings[@]+"${settings[@]}"}
+}
 
 # Part 3. NAO-WS from 100 architectures; its best five and the five first random ones, trained alike.
 shared() {
@@ -112,6 +120,8 @@ everything() {
   for seed in 0 1 2 3 4 5; do echo "searches $seed evolution"; done
   for seed in 0 1; do echo "twice $seed"; done
   for seed in 0 1 2; do echo "score $seed"; done
+  for seed in 0 1 2; do echo "score $seed parameters"; done
+  for seed in 0 1; do echo "score $seed longer"; done
   for seed in 0 1 2; do echo "shared $seed"; done
 }
 
