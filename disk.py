@@ -126,10 +126,12 @@ class Lock:
     Raises UserError, which says who holds it. Where a file system has no locks there is a warning.
     """
 
+    BEGIN = 'process '  # of what it writes into the file
+
     def __init__(self, directory: Path):
         self.path, self.file = directory / '.lock', None
         while self.file is None or not self.is_current():
-            self.file = open(self.path, 'a+', encoding='utf-8')  # noqa: SIM115 - as long as we run
+            self.file = open(self.path, 'a+', encoding='utf-8', errors='replace')  # noqa: SIM115 - as long as we run
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which forked processes do not inherit
             except (BlockingIOError, PermissionError):
@@ -140,8 +142,11 @@ class Lock:
                 print(f'warning: {directory}: cannot be locked ({error.strerror}); see to it that no other run writes there',
                       file=sys.stderr, flush=True)
                 return
+        self.file.seek(0)
+        if self.file.read(len(self.BEGIN)) not in ('', self.BEGIN):
+            raise UserError(f'{self.path} is the file of another program; move it away, or name another --output_dir')
         self.file.truncate(0)
-        self.file.write(f'process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n')
+        self.file.write(f'{self.BEGIN}{os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n')
         self.file.flush()
 
     def is_current(self) -> bool:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains NAONet-V2 on ImageNet, four GPUs (published: 25.5 % top-1, 8.2 % top-5 error).
 #   bash train_NAONet_V2_imagenet_4cards.sh [FLAG...]     or one process a GPU: LAUNCH="torchrun --nproc_per_node=4" bash ...
-MODEL=${MODEL:-NAONet_V2_imagenet_4cards}
+MODEL=${MODEL:-NAONet_V2_imagenet}
 OUTPUT_DIR=${OUTPUT_DIR:-exp/$MODEL}
 [ -n "${LAUNCH:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3}  # the GPUs to use; torchrun takes all
 DATA_DIR=${DATA_DIR:-imagenet/raw-data}

@@ -137,7 +137,9 @@ class Search:
         if saved.get(self.extent, math.inf) < getattr(self.args, self.extent) and not self.is_over():
             return self.after_measuring
         unranked = set(self.pool[:self.args.child_rank_count]) - set(search_files.read_final(self.run))
-        return 'rank' if self.phase == 'rank' or unranked else 'done'
+        epochs = self.args.child_rank_epochs
+        longer = self.trains_best and self.args.dataset != 'imagenet' and saved.get('child_rank_epochs', epochs) < epochs
+        return 'rank' if self.phase == 'rank' or unranked or longer else 'done'
 
     def checkpoints(self, after: str) -> list[Path]:
         """Where the checkpoint after a phase is written to."""

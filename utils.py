@@ -31,15 +31,16 @@ from torch import Tensor, nn
 import checkpoint
 import parallel
 import work_queue
-from disk import Lock, append_line, log_to
+from disk import Lock, append_line, log_to, read_records
 from flags import UserError
 from progress import EventFile, LiveLine
 
 LAYOUTS = {'auto': None, 'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}  # of --layout
 LOG_EVERY = 100  # steps between two log lines
 # What a run leaves that cannot go on, as its checkpoint is gone: what is of no use then, and what may be the work of weeks.
-LEFTOVER = re.compile(r'metrics\.jsonl|(candidate|rank)-[0-9a-f]{8}\.pt')
-WORK = re.compile(r'checkpoint_best\.pt|results\.\d+\.jsonl')
+LEFTOVER = re.compile(r'(candidate|rank)-[0-9a-f]{8}\.pt')
+WORK = re.compile(r'metrics\.jsonl|results\.\d+\.jsonl|checkpoint_(best|\d+)\.pt|'
+                  r'arch_pool\.(perf\.)?(final|pareto|\d+)(\.perf)?')
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -214,7 +215,7 @@ class Run:
     def open_output(self, anew: bool) -> None:
         """Create the output directory, on every machine; raises UserError if nothing can be written there.
 
-        anew: there is no checkpoint to go on from, so what an earlier run left is dropped, or put aside if it is WORK.
+        anew: there is no checkpoint to go on from, so what an earlier run left is put aside if it is WORK, or dropped.
         """
         def create() -> None:
             try:
@@ -235,18 +236,21 @@ class Run:
         self.gather(None)  # nobody goes on and writes while others still clean up
 
     def clear_output(self) -> None:
-        """Put aside what WORK an earlier run left, with the metrics that tell of it, and drop its LEFTOVERs."""
-        left = sorted(path for path in self.output_dir.iterdir() if LEFTOVER.fullmatch(path.name) or WORK.fullmatch(path.name))
-        work = any(WORK.fullmatch(path.name) for path in left)
-        kept = [path for path in left if WORK.fullmatch(path.name) or (work and path.name == 'metrics.jsonl')]
+        """Put aside what WORK an earlier run left, and drop its LEFTOVERs, and metrics of nothing but starts."""
+        left = sorted(self.output_dir.iterdir())
+        work = [path for path in left if WORK.fullmatch(path.name)]
+        if [path.name for path in work] == ['metrics.jsonl']:
+            starts = [record for record in read_records(work[0], {}) if record['kind'] == 'start']
+            if len(starts) == len(work[0].read_bytes().splitlines()):
+                work.pop().unlink()
         number = next(number for number in itertools.count(1)
-                      if not any(path.with_name(f'{path.name}.old{number}').exists() for path in kept))
+                      if not any(path.with_name(f'{path.name}.old{number}').exists() for path in work))
+        for path in work:
+            path.rename(path.with_name(f'{path.name}.old{number}'))
+            self.log(f'{path} is of an earlier run, whose checkpoint.pt is gone: it is {path.name}.old{number} now'
+                     + '; --child_results reads such a file' * path.name.startswith('results'))
         for path in left:
-            if path in kept:
-                path.rename(path.with_name(f'{path.name}.old{number}'))
-                self.log(f'{path} is of an earlier run, whose checkpoint.pt is gone: it is {path.name}.old{number} now'
-                         + '; --child_results reads such a file' * path.name.startswith('results'))
-            else:
+            if LEFTOVER.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
     def open_log(self) -> None:

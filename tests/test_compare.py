@@ -72,6 +72,29 @@ def test_what_another_search_had_trained_comes_first(tmp_path):
     assert 'shared/results.3.jsonl cannot be read' in mistake('tools/compare.py', f'a={run}')
 
 
+def test_what_another_search_had_trained_counts_when_it_was_proposed(tmp_path):
+    shared = candidates(tmp_path / 'shared', 0.5, 0.9, process=3) / 'results.3.jsonl'
+    run = candidates(tmp_path / 'run', 0.6, child_results=str(shared))
+    (first, late), (own,) = ([json.loads(line)['arch'] for line in path.read_text().splitlines()]
+                             for path in (shared, run / 'results.0.jsonl'))
+    state = torch.load(run / 'checkpoint.pt')
+    torch.save(state | {'pool': [late, own, first], 'born': [2, 1, 0]}, run / 'checkpoint.pt')
+    assert numbers(tmp_path, f'a={run}')['groups']['a']['runs'][0]['y'] == pytest.approx([50, 60, 90])
+
+
+def test_a_training_that_failed_counts_until_it_was_tried_again(tmp_path):
+    run = candidates(tmp_path / 'a', 0.0, 0.7, 0.9, 0.0)
+    records = [json.loads(line) for line in (run / 'results.0.jsonl').read_text().splitlines()]
+    records[0]['error'] = records[3]['error'] = 'out of memory'
+    records[2]['arch'] = records[0]['arch']
+    (run / 'results.0.jsonl').write_text(''.join(f'{json.dumps(record)}\n' for record in records))
+    assert compare.evaluations(sys.modules['runs'].RunFiles(run)) == [0.9, 0.7, 0.0]
+    state = torch.load(run / 'checkpoint.pt')  # of another search only what succeeded is taken
+    other = candidates(tmp_path / 'b', child_results=str(run / 'results.0.jsonl'))
+    torch.save(torch.load(other / 'checkpoint.pt') | {'pool': [record['arch'] for record in records]}, other / 'checkpoint.pt')
+    assert compare.evaluations(sys.modules['runs'].RunFiles(other)) == [0.7, 0.9] and state
+
+
 def test_other_searches_by_their_scorings_and_their_rankings(tmp_path):
     for seed in range(2):
         search(tmp_path / f'seed{seed}', [0.5, 0.4], [0.4, 0.3], [0.7, 0.6], ranked=[0.8, 0.9], seed=seed)

@@ -424,11 +424,12 @@ def test_a_benchmark_goes_on_where_it_was_interrupted(tmp_path):
     line = kept.read_text()
     kept.write_text(line + line[:20])  # cut off
     again, alone = benchmark(*options, '--seeds', 2, '--keep', kept), benchmark(*options, '--seeds', 2)
-    assert kept.read_text().startswith(line) and len(kept.read_text().splitlines()) == 2
+    assert kept.read_text().startswith(f'{line}{line[:20]}\n{{"') and len(kept.read_text().splitlines()) == 3
     assert [text.stdout.rsplit(None, 1)[0] for text in (again, alone)] == [alone.stdout.rsplit(None, 1)[0]] * 2
 
 
-@pytest.mark.parametrize('text', ['a note\nwithout an end', 'a note', '{"what": "paper"}\n', '[1]\n', '1\n2'])
+@pytest.mark.parametrize('text', [
+    'a note\nwithout an end', 'a note', '{"what": "paper"}\n', '{"what": "paper"}', '[1]\n', '1\n2', '\n'])
 def test_a_file_of_something_else_is_not_added_to(text, tmp_path):
     table, kept = write_token_table(tmp_path / 'table.csv'), tmp_path / 'notes'
     kept.write_text(text)
@@ -447,13 +448,13 @@ def test_what_was_measured_with_other_settings_is_measured_again(tmp_path):
     assert json.loads(kept.read_text().splitlines()[1])['settings'] == line['settings']
 
 
-@pytest.mark.parametrize('flag', ['--round=0', '--seeds=0', '--only=('])
+@pytest.mark.parametrize('flag', ['--round=0', '--seeds=0', '--only=(', '--table=elsewhere/table.csv'])
 def test_flags_that_an_ablation_cannot_use(flag, tmp_path, monkeypatch, capsys):
     table = write_token_table(tmp_path / 'table.csv')
     monkeypatch.setattr(sys, 'argv', ['ablation.py', f'--table={table}', f'--output={tmp_path / "out"}', flag])
     with pytest.raises(SystemExit) as end:
         ablation.main()
-    assert end.value.code == 2 and flag in capsys.readouterr().err
+    assert end.value.code == 2 and flag.partition('=')[0] in capsys.readouterr().err
 
 
 def test_an_ablation_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
@@ -471,7 +472,9 @@ def test_an_ablation_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, cap
     assert measured[0] == (PRESETS['best'], 0) and '| 10 | best | 0.500 / 0.125 ± 0.125 | 2 | 1 |' in capsys.readouterr().out
     output.write_text(whole[:-5])
     ablation.main()
-    assert len(measured) == 2 * len(variants) + 1 and output.read_text() == whole
+    last = whole.splitlines(keepends=True)[-1]
+    assert len(measured) == 2 * len(variants) + 1 and output.read_text() == f'{whole[:-5]}\n{last}'
+    whole = output.read_text()
     monkeypatch.setattr(sys, 'argv', [*sys.argv, '--round=40', '--only=^paper$'])
     ablation.main()
     assert [line[0] for line in measured[-2:]] == [PRESETS['paper']] * 2 and output.read_text().startswith(whole)

@@ -166,13 +166,53 @@ def test_a_finished_training_whose_checkpoint_is_gone_is_put_aside(few, tmp_path
         f'{name}.old{number}' for name in ('checkpoint_best.pt', 'metrics.jsonl') for number in (1, 2)]
 
 
-def test_a_ranking_by_more_epochs_trains_all_of_the_ranked_anew(few, tmp_path):
+def open_anew(folder):
+    """Begin a run in a folder: what is there then, but for its log."""
+    make_run(output_dir=str(folder)).open_output(anew=True)
+    return {path.name: path.read_text() for path in folder.iterdir() if path.name not in ('train.log', '.lock')}
+
+
+START, EPOCH = '{"kind": "start"}\n', '{"kind": "epoch", "epoch": 1}\n'
+
+
+@pytest.mark.parametrize('text', [START + EPOCH, START + EPOCH[:9], '{"loss": 1}\n', 'mine\n' + START])
+def test_metrics_that_tell_of_more_than_a_start_are_put_aside(text, tmp_path):
+    """Someone made room by rm *.pt, or the file is another program's."""
+    (tmp_path / 'metrics.jsonl').write_text(text)
+    assert open_anew(tmp_path) == {'metrics.jsonl.old1': text}
+
+
+def test_of_a_run_that_only_began_nothing_is_left(tmp_path):
+    for name, text in (('metrics.jsonl', START + START), ('rank-0123abcd.pt', 'half')):
+        (tmp_path / name).write_text(text)
+    assert open_anew(tmp_path) == {}
+
+
+def test_what_an_earlier_search_found_is_put_aside(tmp_path):
+    found = ['arch_pool.final', 'arch_pool.perf.final', 'arch_pool.30', 'arch_pool.perf.30', 'arch_pool.pareto',
+             'arch_pool.pareto.perf', 'checkpoint_30.pt']
+    for name in (*found, 'arch_pool', 'arch_pool.mine', 'checkpoint_of_mine.pt'):
+        (tmp_path / name).write_text(name)
+    assert open_anew(tmp_path) == {f'{name}.old1': name for name in found} | {
+        name: name for name in ('arch_pool', 'arch_pool.mine', 'checkpoint_of_mine.pt')}
+
+
+def test_a_lock_file_of_another_program_is_not_touched(tmp_path):
+    (tmp_path / '.lock').write_text('mine')
+    with pytest.raises(UserError, match='lock is the file of another program'):
+        open_anew(tmp_path)
+    assert (tmp_path / '.lock').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('count', [2, 3])
+def test_a_ranking_by_more_epochs_trains_all_of_the_ranked_anew(count, few, tmp_path):
     command = [*SEARCH, '--child_rank_count=2', f'--output_dir={tmp_path}']
     assert run(*command, preamble=few).status == 0
-    result = run(*command, '--child_rank_count=3', '--child_rank_epochs=2', preamble=few)
-    assert result.status == 0 and result.out.count(' epoch 2/2 ') == 3, result
+    result = run(*command, f'--child_rank_count={count}', '--child_rank_epochs=2', preamble=few)
+    assert result.status == 0 and result.out.count(' epoch 2/2 ') == count, result
     epochs = [record['epochs'] for record in disk.read_records(tmp_path / 'results.0.jsonl', {})]
-    assert epochs == [1, 1, 2, 2, 2] and len((tmp_path / 'arch_pool.final').read_text().splitlines()) == 3
+    assert epochs == [1, 1, *[2] * count] and len((tmp_path / 'arch_pool.final').read_text().splitlines()) == count
+    assert ' epoch 2/2 ' not in run(*command, f'--child_rank_count={count}', '--child_rank_epochs=2', preamble=few).out
 
 
 def test_one_of_the_best_resumed_with_fewer_epochs_is_evaluated_as_it_is(few, tmp_path):

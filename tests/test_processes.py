@@ -247,7 +247,7 @@ def test_a_script_runs_under_the_real_torchrun(images, tmp_path):
     result = script('train_NAONet_A_imagenet_4cards.sh', *flags, cwd=tmp_path, DATA_DIR=str(images), fixed_arc=TINY,
                     LAUNCH='torchrun --standalone --nproc_per_node=2')
     assert result.returncode == 0 and '2 processes' in result.stdout and result.stdout.count('finished') == 1, result
-    assert files(tmp_path / 'exp' / 'NAONet_A_imagenet_4cards') == ['checkpoint.pt', 'checkpoint_best.pt', 'metrics.jsonl']
+    assert files(tmp_path / 'exp' / 'NAONet_A_imagenet') == ['checkpoint.pt', 'checkpoint_best.pt', 'metrics.jsonl']
 
 
 # --------------------------------------------------------------------------------------------------------------- mistakes

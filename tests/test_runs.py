@@ -30,6 +30,7 @@ from tooling import (
 )
 
 import search_setup
+from architecture import PUBLISHED
 
 DAMAGED = [b'null', b'5', b'[1]', b'{}', b'\xff\x00\xfe', b'{"kind": "score"}', b'{"kind": "epoch", "epoch": null}']
 
@@ -167,6 +168,25 @@ def test_a_group_of_searches(tmp_path):
     assert row[4] == '15.00 ± 7.07 % valid' and row[7] == '1/3 rounds'
     search(tmp_path / 'seed2', [0.5, 0.4])  # scored, not ranked yet: its error is another thing
     assert rows(tmp_path)[0][4] == '-'
+
+
+def test_the_last_ranking_counts(tmp_path):
+    run = search(tmp_path / 'run', [0.5, 0.4], ranked=[0.8, 0.9])
+    records = (run / 'metrics.jsonl').read_text().splitlines()
+
+    def best(*more):
+        (run / 'metrics.jsonl').write_text('\n'.join([*records, *(json.dumps(record | {'seconds': 1}) for record in more), '']))
+        return rows(run)[0][4], len(sys.modules['runs'].RunFiles(run).found)
+    again = {'kind': 'rank', 'index': 0, 'accuracy': 0.7, 'arch': ONE_NODE}
+    assert best() == ('10.00 % valid', 2)
+    assert best(again) == ('30.00 % valid', 1)  # by more epochs, or another one
+    assert best({'kind': 'score', 'epoch': 2, 'accuracies': [0.6, 0.5], 'best_arch': ONE_NODE}) == ('40.00 % valid', 1)
+
+
+@pytest.mark.parametrize(('layers', 'error'), [(6, '2.48 %'), (1, '-')])
+def test_the_published_error_stands_beside_the_published_network_alone(layers, error, tmp_path):
+    training(tmp_path, 60.0, fixed_arc=PUBLISHED['NAONet_A'], nodes=5, layers=layers, channels=36)
+    assert rows(tmp_path)[0][6] == error
 
 
 def test_before_the_first_checkpoint_the_record_of_the_start_serves(tmp_path):

@@ -29,7 +29,7 @@ UNTRAINED = {  # those that no test here trains
     'train_NAONet_V2_36_cifar10.sh': ('exp/NAONet_V2_36_cifar10', NAONET_V2, {
         'channels': '36', 'l2_reg': '0.0005', 'keep_prob': '0.6', 'drop_path_keep_prob': '0.8', 'cutout_size': '16',
         'use_aux_head': 'True', 'epochs': '600', 'layers': '6'}),
-    **{f'train_NAONet_{name}_imagenet{cards}.sh': (f'exp/NAONet_{name}_imagenet{cards}', arch, {
+    **{f'train_NAONet_{name}_imagenet{cards}.sh': (f'exp/NAONet_{name}_imagenet', arch, {
         'channels': channels, 'batch_size': batch_size, 'lr': lr, 'epochs': '250', 'layers': '4', 'l2_reg': '3e-5',
         'gamma': '0.97', 'decay_period': '1', 'label_smooth': '0.1', 'grad_clip': '5', 'keep_prob': '1',
         'drop_path_keep_prob': '1', 'use_aux_head': 'True'})

@@ -56,8 +56,8 @@ def flag_of(run: RunFiles, name: str) -> Any:
         return int(match.group(1)) if match and name == 'seed' else None
 
 
-def given(run: RunFiles) -> list[tuple[float, str, float]]:
-    """(0, architecture, accuracy) of what another search had trained already, as --child_results says."""
+def given(run: RunFiles) -> list[tuple[float, dict[str, Any]]]:
+    """(0, record) of what another search had trained already, as --child_results says."""
     path = flag_of(run, 'child_results')
     if not path:
         return []
@@ -70,25 +70,31 @@ def given(run: RunFiles) -> list[tuple[float, str, float]]:
     if pool is None:
         raise flags.UserError(f'{run.path}: which results of --child_results={path} are its own is not known without '
                               'checkpoint.pt or arch_pool; left out')
-    return [(0.0, record['arch'], record['accuracy']) for record in records
-            if record['kind'] == 'candidate' and record['arch'] in pool]
+    return [(0.0, record) for record in records
+            if record['kind'] == 'candidate' and 'error' not in record and record['arch'] in pool]
 
 
 def evaluations(run: RunFiles) -> list[float]:
     """The accuracies of candidates that were trained on their own, in the order of their ends.
 
-    Each process writes its own file; the time that its trainings took so far says what came before what.
+    Each process writes its own file; the time that its trainings took so far says what came before what. Where some were
+    another search's, and took no time, they are in the order in which they were proposed, as far as checkpoint.pt says that.
+    A training that failed counts, as in the search itself, only until it was tried again.
     """
-    ended = given(run)
+    others = given(run)
+    ended = [*others]
     for path in sorted(run.path.glob('results.*.jsonl')):
         records = read_records(path, runs.RESULTS)
         times = list(itertools.accumulate(record['seconds'] for record in records))
-        ended += [(time, record['arch'], record['accuracy']) for time, record in zip(times, records, strict=True)
-                  if record['kind'] == 'candidate']
-    first: dict[str, float] = {}
-    for _, arch, accuracy in sorted(ended, key=lambda result: result[0]):
-        first.setdefault(arch, accuracy)
-    return list(first.values())
+        ended += [(time, record) for time, record in zip(times, records, strict=True) if record['kind'] == 'candidate']
+    first: dict[str, dict[str, Any]] = {}
+    for _, record in sorted(ended, key=lambda result: result[0]):
+        if 'error' in first.setdefault(record['arch'], record):
+            first[record['arch']] = record
+    if others:
+        born = dict(zip(run.checkpoint.get('pool', []), run.checkpoint.get('born', []), strict=False))
+        first = dict(sorted(first.items(), key=lambda item: born.get(item[0], 0)))
+    return [record['accuracy'] for record in first.values()]
 
 
 def scores(run: RunFiles) -> list[tuple[int, float]]:
@@ -116,7 +122,7 @@ def member(run: RunFiles) -> Member:
         unit, x, y = 'epoch', *zip(*(
             (record['epoch'], runs.evaluation(record)['top1']) for record in run.records('epoch')), strict=True)
     # A search whose candidates were trained on their own ranks them by that: nothing is trained once more.
-    ranked = [100 * record['accuracy'] for record in run.lines if record['kind'] == 'rank' and not accuracies]
+    ranked = [] if accuracies else [100 * record['accuracy'] for record in run.ranked]
     tested = [record['test']['top1'] for record in run.lines if record['kind'] == 'final']
     final = tested[-1] if tested else max(ranked, default=None)
     return Member(run.path, flag_of(run, 'seed'), unit, np.array(x), np.array(y, float), final, (run.seconds or 0) / 3600)

@@ -192,7 +192,7 @@ def ranking(axes: Axes, of: list[Line]) -> None:
     values = []
     for line in of:
         places, found = zip(*((record['index'] + 1, 100 * record['accuracy'])
-                              for run in line.series.runs for record in run.records('rank')), strict=True)
+                              for run in line.series.runs for record in run.ranked), strict=True)
         axes.scatter(places, found, color=line.colour, s=36)
         values.append(found)
     finish(axes, 'the best, trained from scratch', 'place in the pool', 'validation accuracy (%)', values, 100)
@@ -235,7 +235,7 @@ PANELS = (
         pairwise_accuracy=lambda record: record['pairwise_accuracy'],
         Hamming_distance=lambda record: record['hamming_distance'])),
     Panel(lambda run: len({step for record in run.records('new') for step in record['per_lambda']}) > 1, new_per_lambda),
-    Panel(several('rank'), ranking),
+    Panel(lambda run: len(run.ranked) > 1, ranking),
     Panel(lambda run: run.pareto, pareto),
 )
 

@@ -230,6 +230,17 @@ class RunFiles:
         return [record for record in self.metrics if record['kind'] == kind]
 
     @property
+    def ranked(self) -> list[dict[str, Any]]:
+        """The records of a search's last ranking, unless it has gone on since: it may rank again, then or as it is."""
+        ranked: list[dict[str, Any]] = []
+        for record in self.metrics:
+            if record['kind'] == 'score' or (record['kind'] == 'rank' and record['index'] == 0):
+                ranked = []
+            if record['kind'] == 'rank':
+                ranked.append(record)
+        return ranked
+
+    @property
     def start(self) -> dict[str, Any]:
         """What the program recorded when it was last started; empty if it did not."""
         return next((record for record in reversed(self.lines) if record['kind'] == 'start'), {})
@@ -329,7 +340,7 @@ class RunFiles:
             return 100 - final[-1]['test']['top1']
         if not self.is_search:
             return 100 - max(record.get('best_acc_top1', evaluation(record)['top1']) for record in self.records('epoch'))
-        best = [record['accuracy'] for record in self.records('rank')]
+        best = [record['accuracy'] for record in self.ranked]
         best = best or [max(record['accuracies']) for record in self.records('score')[-1:]]
         return 100 - 100 * max(best) if best else None
 
@@ -360,8 +371,8 @@ class RunFiles:
         if not self.is_search:
             line = checkpoint.architecture_of(self.checkpoint)
             return [('the architecture', read_architecture(line, self.args.get('arc_index') or 0))]
-        if ranked := self.records('rank'):
-            ranked = sorted(ranked, key=lambda record: -record['accuracy'])
+        if self.ranked:
+            ranked = sorted(self.ranked, key=lambda record: -record['accuracy'])
             return [(f'{100 * record["accuracy"]:.2f} % on the validation split after training from scratch',
                      read_architecture(record['arch'])) for record in ranked]
         return [(f'{100 * record["accuracies"][0]:.2f} % in the scoring of {self.unit} {record["epoch"]}',

@@ -8,11 +8,16 @@ equal length, a line's first column the choices made, space-separated numbers fr
 import json
 import math
 import re
+import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from disk import append_line
 
 OPERATIONS = ('none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3')
 SOURCES = (0, 0, 1, 0, 1, 2)  # the node that each of the six edges reads; an edge's place says which node it feeds
@@ -125,20 +130,22 @@ def curve_of(steps: list[list[float]], queries: int) -> torch.Tensor:
 
 
 def read_results(path: Path, names: tuple[str, ...]) -> dict[tuple, dict]:
-    """What has been measured, by its values of `names`; a last line that was cut off is taken out of the file.
+    """What has been measured, by its values of `names`; a line that was cut off counts as not there, and stays.
 
-    Raises UserError for a file that holds anything else: it stays as it is.
+    Raises UserError for a file that holds anything else.
     """
+    results = {}
     try:
-        text = path.read_text() if path.exists() else ''
-        whole = text[:text.rfind('\n') + 1]
-        results = {tuple(line[name] for name in names): line for line in map(json.loads, whole.splitlines())}
-        if whole != text:
-            if not (results or text.startswith('{')):
-                raise ValueError
-            path.write_text(whole)
-        elif not path.parent.is_dir():
+        if not path.parent.is_dir():
             raise FileNotFoundError(2, 'its folder does not exist')
+        for text in path.read_text().splitlines() if path.exists() else ():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                if not text.startswith('{"'):  # as what add_result writes does
+                    raise
+            else:
+                results[tuple(line[name] for name in names)] = line
     except OSError as error:
         raise UserError(f'{path}: cannot be read and written ({error.strerror})') from None
     except (ValueError, KeyError, TypeError):
@@ -153,5 +160,4 @@ def fingerprint(settings: object) -> int:
 
 def add_result(path: Path, result: dict) -> None:
     """Add what has been measured to a file, as a line of JSON."""
-    with path.open('a') as file:
-        file.write(json.dumps(result) + '\n')
+    append_line(path, json.dumps(result))

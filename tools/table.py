@@ -20,13 +20,13 @@ from runs import RunFiles, Series
 import flags
 from architecture import PUBLISHED, parse
 
-PUBLISHED_ERRORS = {  # (architecture, data set, channels) -> top-1 error in per cent (papers and their repository)
-    ('NAONet_A', 'cifar10', 36): 2.48,
-    ('NAONet_A', 'cifar10', 128): 1.93,
-    ('NAONet_B', 'cifar10', 36): 2.93,
-    ('NAONet_A', 'imagenet', 42): 25.7,
-    ('NAONet_V2', 'cifar10', 36): 2.57,
-    ('NAONet_V2', 'imagenet', 52): 25.5,
+PUBLISHED_ERRORS = {  # (architecture, data set, layers, channels) -> top-1 error in per cent (papers and their repository)
+    ('NAONet_A', 'cifar10', 6, 36): 2.48,
+    ('NAONet_A', 'cifar10', 6, 128): 1.93,
+    ('NAONet_B', 'cifar10', 6, 36): 2.93,
+    ('NAONet_A', 'imagenet', 4, 42): 25.7,
+    ('NAONet_V2', 'cifar10', 6, 36): 2.57,
+    ('NAONet_V2', 'imagenet', 4, 52): 25.5,
 }
 UNKNOWN = '-'
 NUMBERS = range(2, 9)  # the columns that are set flush right
@@ -40,7 +40,9 @@ def arch_name(run: RunFiles) -> str:
 
 def published(run: RunFiles) -> float | None:
     """The published error of a training's network in per cent, if there is one."""
-    return None if run.is_search else PUBLISHED_ERRORS.get((arch_name(run), run.dataset, run.args['channels']))
+    if run.is_search:
+        return None
+    return PUBLISHED_ERRORS.get((arch_name(run), run.dataset, run.args['layers'], run.args['channels']))
 
 
 def number(form: str, unit: str = '', measured: bool = True) -> Callable[[list], str]:
@@ -84,7 +86,7 @@ HEADER = ('run', *(title for title, _, _ in COLUMNS))
 def row(series: Series) -> list[str]:
     """A series' row; raises UserError where a run has not written what it needs."""
     cells = {title: show([of(run) for run in series.runs]) for title, of, show in COLUMNS}
-    if len({(run.judged_on, bool(run.records('rank'))) for run in series.runs}) > 1:  # some are not as far as others
+    if len({(run.judged_on, bool(run.ranked)) for run in series.runs}) > 1:  # some are not as far as others
         cells['top-1 error'] = UNKNOWN
     elif series.runs[0].judged_on == runs.VALID and cells['top-1 error'] != UNKNOWN:
         cells['top-1 error'] += ' valid'
