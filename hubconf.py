@@ -10,6 +10,8 @@ In eval mode they go through torch.export, torch.onnx.export and torch.jit.trace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import architecture
 import checkpoint as checkpoints
 from flags import UserError
@@ -33,6 +35,9 @@ def naonet(arch: str | None = None, checkpoint: str | Path | None = None, *, ima
     if not arch:
         raise UserError(f'{checkpoint}: does not name its architecture; give arch' if checkpoint else
                               'give arch, or a checkpoint that names its architecture')
+    weight, counts = weights.get('classifier.weight'), [args.get(name) for name in ('layers', 'channels', 'arc_index')]
+    if (weights and not isinstance(weight, Tensor)) or not all(isinstance(value, int | None) for value in counts):
+        raise UserError(f'{checkpoint}: is not the checkpoint of a network of this project')
     try:
         parsed = architecture.read(arch, args.get('arc_index') or 0)
     except architecture.ArchitectureError as error:
@@ -40,7 +45,7 @@ def naonet(arch: str | None = None, checkpoint: str | Path | None = None, *, ima
     imagenet = any(name.startswith('stem0.') for name in weights) if imagenet is None else imagenet
     use_aux_head = use_aux_head or any(name.startswith('auxiliary_head.') for name in weights)
     if classes is None:
-        classes = len(weights['classifier.weight']) if weights else (1000 if imagenet else 10)
+        classes = len(weight) if weights else (1000 if imagenet else 10)
     layers = layers or args.get('layers') or (4 if imagenet else 6)
     channels = channels or args.get('channels') or (42 if imagenet else 36)
     network = (NASNetworkImageNet if imagenet else NASNetworkCIFAR)(

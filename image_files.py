@@ -154,7 +154,7 @@ class ImageFiles(torch.utils.data.Dataset):
                 place[:] = np.frombuffer(self.files.read(self.names[index]), dtype=np.uint8)
             except UNREADABLE:
                 place[:] = 0  # which is no image: it counts as broken when its turn comes
-        for_each(len(self), fill, 16, str(self.place), show)
+        for_each(len(self), fill, self.files.readers, str(self.place), show)
         self.files.archives.clear()
         self.memory, self.path = memory, path
 
@@ -243,8 +243,10 @@ class FileBatches:
     def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The images and labels at the positions `chosen` (batch,), in that order."""
         keys = [(0, index) for index in self.indices[chosen.cpu()].tolist()]
-        with ThreadPoolExecutor() as pool:
-            return self.to_device(*collate(list(pool.map(self.files.__getitem__, keys)), full=False))
+        with ThreadPoolExecutor(self.files.files.readers if self.files.memory is None else None) as pool:
+            items = list(pool.map(self.files.__getitem__, keys))
+        self.files.files.archives.clear()
+        return self.to_device(*collate(items, full=False))
 
     def __iter__(self) -> Iterator[tuple]:
         epoch, order = 0, self.indices

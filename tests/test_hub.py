@@ -56,6 +56,10 @@ def test_a_wrong_checkpoint_is_one_line(tmp_path):
     torch.save({'args': TINY, 'arch': PUBLISHED['NAONet_A'], 'model': tiny()[0].state_dict()}, path)
     with pytest.raises(flags.UserError, match='is of another architecture'):  # whose weights may fit all the same
         hubconf.naonet('NAONet_B', path)
+    for args, weights in (({}, {'weight': torch.zeros(2)}), ({'layers': 'six'}, tiny()[0].state_dict())):
+        torch.save({'args': args, 'model': weights}, path)
+        with pytest.raises(flags.UserError, match='is not the checkpoint of a network of this project'):
+            hubconf.naonet('NAONet_B', path)
     with pytest.raises(flags.UserError, match='no such checkpoint'):
         hubconf.naonet_b_36(tmp_path / 'none.pt')
     with pytest.raises(flags.UserError, match='give arch'):

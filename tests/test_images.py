@@ -631,12 +631,12 @@ def test_the_available_memory_is_what_the_system_says():
     assert 0 < free <= total or math.isinf(free)
 
 
-@pytest.mark.parametrize('limit, wanted', [('3000000', 2000000), ('max', 9000 * 1024), (None, 9000 * 1024)])
+@pytest.mark.parametrize('limit, wanted', [('3000000', 1800000), ('max', 9000 * 1024), (None, 9000 * 1024)])
 def test_a_containers_limit_counts(limit, wanted, tmp_path, monkeypatch):
     (tmp_path / 'meminfo').write_text('MemTotal:       10000 kB\nMemAvailable:    9000 kB\n')
     if limit:
         (tmp_path / 'memory.max').write_text(f'{limit}\n')
-        (tmp_path / 'memory.stat').write_text('anon 1000000\nfile 500000\n')  # files are let go of
+        (tmp_path / 'memory.stat').write_text('anon 1000000\nfile 500000\nshmem 200000\n')  # files are let go of
     monkeypatch.setattr(class_folders, 'Path', lambda path: tmp_path / Path(path).name)
     assert class_folders.available_memory() == wanted
 

@@ -306,6 +306,46 @@ esac
         assert word in end
 
 
+def install(project, **variables):
+    """What `install` of a project's tools/common.sh says and ends with."""
+    return subprocess.run(['bash', '-c', '. tools/common.sh; install requirements.txt'], cwd=project, capture_output=True,
+                          text=True, env=environment(**variables), check=False)
+
+
+def fake_python(path, body):
+    """A program in place of Python; 3.10 or newer, if its body lets it come so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\necho "$0 $*" >> calls\n{body}\n')
+    path.chmod(0o755)
+    return {'PYTHON': str(path)}
+
+
+@pytest.fixture
+def project(tmp_path):
+    shutil.copytree(ROOT / 'tools', tmp_path / 'tools')
+    (tmp_path / 'requirements.txt').write_text('')
+    return tmp_path
+
+
+def test_a_virtual_environment_that_is_half_there_is_made_whole(project):
+    """As one without ensurepip, which comes in a package of its own on some systems, or after Ctrl-C."""
+    own = project / '.venv' / 'bin' / 'python'
+    fake_python(own, 'case "$*" in *pip*) exit 1; esac')
+    whole = 'case "$*" in *venv*) printf "#!/bin/sh\\n" > .venv/bin/python; esac'
+    for body, status in (('case "$*" in *venv*) exit 1; esac', 2), (whole, 0)):
+        result = install(project, **fake_python(project / 'python', body))
+        assert result.returncode == status and ('with its venv module' in result.stderr) == bool(status), result
+    assert list((project / '.venv').glob('installed-*'))
+
+
+@pytest.mark.parametrize('old', ['python', '.venv/bin/python'])
+def test_an_old_python_is_named_before_anything_is_installed(old, project):
+    fake_python(project / old, 'case "$*" in *version_info*) exit 1; esac')
+    result = install(project, PYTHON=str(project / 'python'))
+    assert result.returncode == 2 and '3.10' in result.stderr and 'Traceback' not in result.stderr, result
+    assert ' install ' not in (project / 'calls').read_text() and not list(project.glob('.venv/installed-*'))
+
+
 @pytest.mark.parametrize('name', [*SCRIPTS, Path('.ci/run')], ids=str)
 def test_scripts_are_valid_bash(name):
     result = subprocess.run(['bash', '-n', ROOT / name], capture_output=True, text=True, check=False)

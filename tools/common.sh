@@ -5,16 +5,19 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # install FILE...: make .venv and install the requirements files, unless that was done for these very files.
 install() {
-  local stamp
+  local stamp own=$root/.venv/bin/python recent='import sys; sys.exit(sys.version_info < (3, 10))'
   stamp=$root/.venv/installed-$(cd "$root" && cat "$@" | cksum | tr ' ' '-')
   [ ! -e "$stamp" ] || return 0
-  [ -x "$root/.venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$root/.venv" || {
-    echo "error: cannot make a virtual environment; install Python 3.10 or newer with its venv module" >&2
-    exit 2
-  }
+  if ! "$own" -m pip --version > /dev/null 2>&1; then  # it is not there, or only half of it
+    if ! "${PYTHON:-python3}" -c "$recent" || ! "${PYTHON:-python3}" -m venv "$root/.venv"; then
+      echo "error: cannot make a virtual environment; install Python 3.10 or newer with its venv module" >&2
+      exit 2
+    fi
+  fi
+  "$own" -c "$recent" || { echo "error: the Python of $root/.venv is older than 3.10; delete that folder" >&2; exit 2; }
   local file flags=()
   for file in "$@"; do flags+=(-r "$root/$file"); done
-  "$root/.venv/bin/python" -m pip install --disable-pip-version-check "${flags[@]}"
+  "$own" -m pip install --disable-pip-version-check "${flags[@]}"
   touch "$stamp"
 }
 
@@ -22,9 +25,8 @@ install() {
 python() {
   local interpreter=${PYTHON:-}
   if [ -z "$interpreter" ]; then
-    if [ -n "${VIRTUAL_ENV:-}" ]; then interpreter=$(type -P python)
-    elif [ -x "$root/.venv/bin/python" ]; then interpreter=$root/.venv/bin/python
-    elif [ -n "${CONDA_PREFIX:-}" ]; then interpreter=$(type -P python)
+    if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ]; then interpreter=$root/.venv/bin/python
+    elif [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then interpreter=$(type -P python || echo python3)
     else interpreter=python3; fi
   fi
   "$interpreter" "$@"
