@@ -306,6 +306,10 @@ class WeightSharingSearch(Search):
         accuracies = score_pool(run, self.supernet, self.pool, images, labels)
         run.average_statistics(self.supernet)  # which scoring updates, by each process's share of the pool
         self.sort_pool(accuracies, f'epoch {self.epoch}: scored {len(self.pool)} architectures on {len(labels)} images')
+        guess = 1 / self.task.classes
+        if self.is_over() and sum(accuracies) / len(accuracies) < guess + 2 * math.sqrt(guess * (1 - guess) / len(labels)):
+            run.log(f'these scores are on average no better than guessing one of {self.task.classes} classes, so that the best '
+                    'are hardly more than drawn at random: more --child_epochs, or another learning rate, help')
 
     def is_over(self) -> bool:
         """Whether no new architectures are wanted any more: the pool of the last epoch is the result."""
