@@ -464,8 +464,24 @@ def test_a_split_that_has_no_more_images_is_not_warned_of(images, pool, there, w
     batches = argparse.Namespace(count=there, batch=lambda chosen: (chosen, chosen))
     train_search.WeightSharingSearch.score(argparse.Namespace(
         args=argparse.Namespace(child_eval_batch_size=images), run=run_here, pool=range(pool), supernet=None, epoch=1,
-        task=argparse.Namespace(candidate=argparse.Namespace(valid_batches=lambda _: batches)), sort_pool=nothing))
+        task=argparse.Namespace(candidate=argparse.Namespace(valid_batches=lambda _: batches), classes=10), sort_pool=nothing,
+        is_over=lambda: False))
     assert ('cannot tell' in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize(('accuracies', 'over', 'told'), [
+    ([0.1, 0.2], True, True), ([0.1, 0.2], False, False), ([0.1, 0.3], True, False)])
+def test_scores_that_are_no_better_than_guessing_are_named_at_the_end(accuracies, over, told, monkeypatch, capsys):
+    """Of 100 images and ten classes guessing gets 10 % right, with a standard deviation of 3."""
+    monkeypatch.setattr(train_search, 'score_pool', lambda *_: accuracies)
+    run_here = make_run()
+    run_here.average_statistics = lambda _: None
+    batches = argparse.Namespace(count=100, batch=lambda chosen: (chosen, chosen))
+    train_search.WeightSharingSearch.score(argparse.Namespace(
+        args=argparse.Namespace(child_eval_batch_size=100), run=run_here, pool=[0, 1], supernet=None, epoch=1,
+        task=argparse.Namespace(candidate=argparse.Namespace(valid_batches=lambda _: batches), classes=10),
+        sort_pool=lambda *_: None, is_over=lambda: over))
+    assert ('no better than guessing one of 10 classes' in capsys.readouterr().out) == told
 
 
 def test_no_new_architectures_are_a_warning_and_end_the_search(few, tmp_path):
