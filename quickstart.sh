@@ -5,7 +5,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-exp/quickstart}
 
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
-[ "$#" = 0 ] || { echo 'error: quickstart.sh takes no flags; OUTPUT_DIR=DIR says where it writes, OMP_NUM_THREADS=1 takes one thread' >&2; exit 2; }
+[ "$#" = 0 ] || { echo 'error: quickstart.sh takes no flags, but OUTPUT_DIR=DIR and OMP_NUM_THREADS=1 before it' >&2; exit 2; }
 install requirements.txt
 unset VIRTUAL_ENV PYTHON  # what was installed is in .venv
 

@@ -448,13 +448,23 @@ def test_what_was_measured_with_other_settings_is_measured_again(tmp_path):
     assert json.loads(kept.read_text().splitlines()[1])['settings'] == line['settings']
 
 
-@pytest.mark.parametrize('flag', ['--round=0', '--seeds=0', '--only=(', '--table=elsewhere/table.csv'])
+@pytest.mark.parametrize('flag', ['--round=0', '--seeds=0', '--only=('])
 def test_flags_that_an_ablation_cannot_use(flag, tmp_path, monkeypatch, capsys):
     table = write_token_table(tmp_path / 'table.csv')
     monkeypatch.setattr(sys, 'argv', ['ablation.py', f'--table={table}', f'--output={tmp_path / "out"}', flag])
     with pytest.raises(SystemExit) as end:
         ablation.main()
-    assert end.value.code == 2 and flag.partition('=')[0] in capsys.readouterr().err
+    assert end.value.code == 2 and flag in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('program', [benchmark_search, ablation], ids=lambda program: program.__name__)
+def test_two_tables_of_one_name_end_in_one_line(program, tmp_path):
+    (tmp_path / 'other').mkdir()
+    tables = [f'--table={write_token_table(folder / "table.csv")}' for folder in (tmp_path, tmp_path / 'other')]
+    more = [f'--output={tmp_path / "out"}'] if program is ablation else []
+    done = subprocess.run([sys.executable, program.__file__, *tables, *more], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
+    assert 'two --table are named table' in done.stderr and not (tmp_path / 'out').exists()
 
 
 def test_an_ablation_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):

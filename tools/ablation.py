@@ -18,7 +18,7 @@ from statistics import fmean, stdev
 
 import torch
 from benchmark_search import CHECKPOINTS, nao, run
-from search_tables import Table, UserError, add_result, fingerprint, read_results, read_table, regrets
+from search_tables import Table, UserError, add_result, fingerprint, read_results, read_tables, regrets
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -88,10 +88,6 @@ def main() -> None:
     parser.add_argument('--only', default='', help='a regular expression: only variants in whose names it is found')
     parser.add_argument('--output', required=True, type=Path, metavar='JSONL', help='file that the results are added to')
     arguments = parser.parse_args()
-    names = [Path(path).stem for path in arguments.table]
-    for name in names:
-        if names.count(name) > 1:
-            parser.error(f'two --table are named {name}, under which the results of one are written')
     if arguments.queries < 200:
         parser.error(f'--queries={arguments.queries}, but the regret is reported after 150 and 200')
     for name in ('seeds', 'round'):
@@ -102,7 +98,7 @@ def main() -> None:
     except re.error as error:
         parser.error(f'--only={arguments.only} is no regular expression ({error})')
     torch.set_num_threads(1)
-    tables = dict(zip(names, map(read_table, arguments.table), strict=True))
+    tables = read_tables(arguments.table)
     results = read_results(arguments.output, ('what', 'settings', 'table', 'seed', 'round'))
     for seed in range(arguments.seeds):
         for what, settings in variants().items():

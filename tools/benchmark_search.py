@@ -33,7 +33,7 @@ from search_tables import (
     curve_of,
     fingerprint,
     read_results,
-    read_table,
+    read_tables,
     regrets,
     steps_of,
 )
@@ -286,10 +286,6 @@ def parse_arguments() -> argparse.Namespace:
     for name, least in (('seeds', 1), ('initial', 1), ('round', 1), ('queries', CHECKPOINTS[0])):
         if getattr(arguments, name) < least:
             parser.error(f'--{name}={getattr(arguments, name)}, but at least {least} is needed')
-    names = [Path(path).stem for path in arguments.table]
-    for name in names:
-        if names.count(name) > 1:
-            parser.error(f'two --table are named {name}, under which the results of one are written')
     arguments.method = list(dict.fromkeys(itertools.chain.from_iterable(arguments.method or [METHODS])))
     return arguments
 
@@ -298,7 +294,7 @@ def main() -> None:
     """Measure the methods that were asked for on each table, print the regrets and write the files."""
     arguments = parse_arguments()
     torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for each other
-    tables = {Path(path).stem: read_table(path) for path in arguments.table}
+    tables = read_tables(arguments.table)
     for output in filter(None, (arguments.plot, arguments.json)):
         if not Path(output).parent.is_dir() or Path(output).is_dir():
             raise UserError(f'{output}: cannot be written, it is a folder or in one that does not exist')

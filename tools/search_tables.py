@@ -109,6 +109,15 @@ def read_table(path: str) -> Table:
     return Table(accuracies, [(first, first + count - 1) for first, count in zip(firsts, counts, strict=True)])
 
 
+def read_tables(paths: list[str]) -> dict[str, Table]:
+    """Tables by their files' names without .csv, under which results are written; raises UserError, also for two of a name."""
+    names = [Path(path).stem for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f'two --table are named {name}, under which the results of one are written')
+    return dict(zip(names, map(read_table, paths), strict=True))
+
+
 def regrets(table: Table, asked: list[Sequence], queries: int) -> torch.Tensor:
     """The regret after 1, 2, … queries, (queries,); when the whole table has been asked it stays where it is, at 0."""
     best = torch.tensor([table.accuracies[sequence] for sequence in asked], dtype=torch.float64).cummax(0).values
